@@ -1,0 +1,42 @@
+# make demo: everything on the built-in corpus, no download. make help: the list.
+PYTHON ?= python3
+VENV   ?= .venv
+PY      = $(VENV)/bin/python
+DEMO    = build/demo
+# Small enough for two cores and a few minutes; the published run is the bare command.
+SMALL   = --hidden 96 --validation 800 --epochs 5 --batch-tokens 800 --negatives 400 --lr 0.006 --table-lr 0.006
+
+.PHONY: help setup demo test lint train bench report clean
+
+help:           ## this list
+	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:[^#]*## */\t/' | expand -t 12
+
+$(VENV)/ready: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --requirement requirements-dev.txt
+	touch $@
+
+setup: $(VENV)/ready    ## virtual environment with the pinned packages
+
+demo: setup     ## both scripts on the built-in corpus, in minutes, no download
+	$(PY) data/sample.py --out $(DEMO)/corpus --rows 8000 --test-rows 1000 --seed 0
+	AG_NEWS_DIR=$(DEMO)/corpus $(PY) ELMO.py --out $(DEMO) $(SMALL)
+	@if [ -f classification.py ]; then AG_NEWS_DIR=$(DEMO)/corpus $(PY) classification.py --out $(DEMO) --bilstm $(DEMO)/bilstm.pt; fi
+
+lint: setup     ## ruff
+	$(PY) -m ruff check .
+
+test: lint      ## lint, then the test suite
+	$(PY) -m pytest
+
+train: setup    ## the published run: AG News to models/bilstm.pt
+	$(PY) ELMO.py --resume
+
+bench: setup    ## speed on this machine, to models/bench.json
+	$(PY) report/bench.py
+
+report: setup   ## figures from the committed JSON
+	$(PY) report/figures.py
+
+clean:          ## everything that a command can make again
+	rm -rf build data/cache .pytest_cache .ruff_cache

@@ -1,0 +1,146 @@
+"""Files that are whole or absent, and checkpoints that run no code: what both scripts write and read."""
+import hashlib
+import json
+import os
+import signal
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+
+class InputError(ValueError):
+    """What a user can mend, in one sentence; the scripts print it and end with exit status 2."""
+
+
+def write_atomically(path: str | Path, write: Callable) -> None:
+    """`path` whole or as it was: `write(file)` fills a neighbour, which is flushed to disk and takes the name."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.part")     # one name: what a kill leaves behind, the next write replaces
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except (OSError, RuntimeError) as error:        # torch.save reports a full disk as a RuntimeError
+        part.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise InputError(f"{path} cannot be written ({reason}); free some space or choose another --out") from None
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def read_text(path: str | Path) -> str:
+    """A UTF-8 file's text; InputError when it cannot be read or decoded."""
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        line = error.object[:error.start].count(b"\n") + 1
+        raise InputError(f"{path}, line {line}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+
+
+def read_checkpoint(path: str | Path, keys: set[str]) -> dict:
+    """A .pt file's dictionary, opened with weights_only=True; InputError for anything else than such a file."""
+    try:
+        content = torch.load(path, weights_only=True, map_location="cpu")
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing; run `python ELMO.py` first, or name another file") from None
+    except Exception as error:      # torch raises half a dozen kinds for damaged files, and one for unsafe pickles
+        unsafe = "Weights only load failed" in str(error)
+        reason = "it is damaged, or holds more than tensors and plain types" if unsafe else "it is damaged"
+        raise InputError(f"{path} cannot be opened: {reason}; restore it or train again") from None
+    if not isinstance(content, dict) or not keys <= set(content):
+        raise InputError(f"{path} is no checkpoint of this kind; expected the keys {', '.join(sorted(keys))}")
+    return content
+
+
+def digest(content: dict) -> str:
+    """SHA-256 of everything in a published file but the digest itself: plain types as JSON, weights as bytes."""
+    plain = {key: value for key, value in content.items() if key not in ("weights", "digest")}
+    found = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
+    for name, value in sorted(content["weights"].items()):
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        found.update(value.contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def read_published(path: str | Path, form: str, keys: set[str]) -> dict:
+    """A published file whose contents match its digest and whose format is `form`; InputError otherwise."""
+    content = read_checkpoint(path, {"format", "weights", "digest"} | keys)
+    try:
+        found = digest(content)
+    except (TypeError, ValueError, AttributeError):
+        found = None
+    if found != content["digest"]:
+        raise InputError(f"{path} is damaged: its contents do not match its digest; restore it or train again")
+    if content["format"] != form:
+        raise InputError(f"{path} is of format {content['format']!r}; expected {form!r}")
+    return content
+
+
+def write_published(path: str | Path, content: dict) -> str:
+    """Writes `content` with its digest, which is returned."""
+    content = content | {"digest": digest(content)}
+    write_atomically(path, partial(torch.save, content))
+    return content["digest"]
+
+
+def write_json(path: Path, content: dict) -> None:
+    """`content` as indented UTF-8 JSON, whole or not at all."""
+    write_atomically(path, lambda file: file.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()))
+
+
+def write_npz(elmo, source: str, target: str, precision: str, dtype: type = np.float16) -> tuple[int, ...]:
+    """`target`, a .npz of the lines of `source`: offsets (N + 1,), vectors (3, tokens, D); the shape of the vectors.
+
+    Streamed: the vectors fill a memory map beside the target, which is then packed, so that memory stays flat.
+    """
+    lines = read_text(source).split("\n")
+    lines = [line.removesuffix("\r") for line in (lines[:-1] if lines[-1] == "" else lines)]
+    offsets = elmo.encode(lines).tokens.offsets
+    shape = (3, int(offsets[-1]), 2 * elmo.config.output)
+    parent = Path(target).absolute().parent
+    if not parent.is_dir():
+        raise InputError(f"{target} cannot be written: the folder {parent} is missing")
+    with TemporaryDirectory(dir=parent, prefix=".embed") as folder:
+        vectors = np.lib.format.open_memmap(f"{folder}/vectors.npy", mode="w+", shape=shape, dtype=dtype)
+        texts = tqdm(elmo.embed_stream(lines, precision), total=len(lines), unit="text")
+        for start, layers in zip(offsets[:-1], texts, strict=True):
+            vectors[:, start:start + layers.shape[1]] = layers.numpy()
+        vectors.flush()
+        np.save(f"{folder}/offsets.npy", offsets)
+        def pack(file) -> None:
+            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+                for name in ("offsets.npy", "vectors.npy"):
+                    archive.write(f"{folder}/{name}", name)
+        write_atomically(target, pack)
+    return shape
+
+
+@contextmanager
+def stop_request() -> Iterator[threading.Event]:
+    """An event that Ctrl-C or SIGTERM sets, so that training stops between two steps; a second Ctrl-C stops at once."""
+    event, old = threading.Event(), {}
+    def ask(number, frame):
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+    if threading.current_thread() is threading.main_thread():
+        old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield event
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

@@ -1,0 +1,276 @@
+"""Rows, tokens and row sets of the corpora: find, download, verify, read, tokenize once, open again at once.
+
+    rows = read_ag_news("train")            # DataFrame: class 1-4, title, description
+    corpus = tokenize_corpus(rows.description, tokenize)   # Tokens: types, ids (memory map), offsets
+    train, validation = split(len(rows), 4000, seed=0)     # row numbers, apart by construction
+    fresh = fresh_rows(train_descriptions, test_descriptions)
+
+`python data/prepare.py` downloads AG News to data/ag_news/ (or says which copy it found) and prints its hashes.
+"""
+import csv
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from data.files import InputError, write_atomically
+
+HERE = Path(__file__).resolve().parent
+SOURCE = "https://raw.githubusercontent.com/mhjabreel/CharCnn_Keras/master/data/ag_news_csv/"
+SHA256 = {"train": "76a0a2d2f92b286371fe4d4044640910a04a803fdd2538e0f3f29a5c6f6b672e",
+          "test": "521465c2428ed7f02f8d6db6ffdd4b5447c1c701962353eb2c40d548c3c85699"}
+COLUMNS = ["class", "title", "description"]
+CHUNK = 2_000       # texts a worker tokenizes at a time: large enough to hide the hand-over, small enough for memory
+
+
+# ---------------------------------------------------------------------------------------------------- finding
+def ag_news_folder() -> Path:
+    """Folder that holds train.csv and test.csv: $AG_NEWS_DIR if set and nothing else, data/ag_news/, a download."""
+    if named := os.environ.get("AG_NEWS_DIR"):
+        folder = Path(named)
+        for part in SHA256:
+            if not (folder / f"{part}.csv").is_file():
+                raise InputError(f"$AG_NEWS_DIR is {folder}, where {part}.csv is missing; put train.csv and test.csv "
+                                 "there or unset the variable")
+        return folder
+    folder = HERE / "ag_news"
+    if not all((folder / f"{part}.csv").is_file() for part in SHA256):
+        download(folder)
+    return folder
+
+
+def download(folder: Path) -> None:
+    """AG News into `folder`, verified by SHA-256 before either file takes its name; all or nothing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, expected in SHA256.items():
+        try:
+            with urllib.request.urlopen(f"{SOURCE}{part}.csv", timeout=30) as reply:
+                content = reply.read()
+        except OSError as error:
+            raise InputError(
+                f"AG News is neither in $AG_NEWS_DIR nor in {folder}, and the download failed ({error}); mend it by one "
+                "of three ways: set AG_NEWS_DIR to a folder with train.csv and test.csv, put the two files into "
+                f"{folder}, or connect to the network and run this again (`make demo` needs no download)") from None
+        if (found := hashlib.sha256(content).hexdigest()) != expected:
+            raise InputError(f"the download of {part}.csv has SHA-256 {found} where {expected} was expected; "
+                             "run it again, or fetch the file by hand")
+        write_atomically(folder / f"{part}.csv", lambda file, content=content: file.write(content))
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+def read_ag_news(part: str) -> pd.DataFrame:
+    """Rows of "train" or "test": columns class (1-4), title ("" in the two-column layout), description."""
+    return read_csv(ag_news_folder() / f"{part}.csv")
+
+
+def read_csv(path: str | Path) -> pd.DataFrame:
+    """Rows of one AG News file in any of its three layouts, told apart by the first line.
+
+        "3","Title","Text"                      the original: no header, three columns
+        Class Index,Title,Description           a header and three columns
+        Class Index,Description                 a header and two columns
+
+    InputError names the file, the row (1 is the first below a header) and what was expected.
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+        text = content.decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        line = content[:error.start].count(b"\n") + 1
+        raise InputError(f"{path}, line {line}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+    if not text.strip():
+        raise InputError(f"{path}: the file is empty; expected rows of class, title, description")
+    if "\0" in text:
+        raise InputError(f"{path}, line {text[:text.index(chr(0))].count(chr(10)) + 1}: holds a NUL character; "
+                         "it is not the text of a CSV file")
+    first = next(csv.reader([text.lstrip().splitlines()[0]]), [])
+    headers = {3: ["Class Index", "Title", "Description"], 2: ["Class Index", "Description"]}
+    header = bool(first) and not first[0].strip().lstrip("+-").isdigit()
+    if header and [name.strip() for name in first] != headers.get(len(first)):
+        raise InputError(f"{path}: the header is {','.join(first)[:80]!r}; expected 'Class Index,Title,Description', "
+                         "'Class Index,Description', or no header and three columns")
+    if not header and len(first) != 3:
+        raise InputError(f"{path}, row 1: has {len(first)} columns; expected class, title, description")
+    names = COLUMNS if len(first) == 3 else ["class", "description"]
+    try:
+        table = pd.read_csv(io.StringIO(text), header=None, names=names, skiprows=int(header), dtype=str,
+                            keep_default_na=False, na_values=[], index_col=False, skip_blank_lines=True,
+                            on_bad_lines="error")
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError) as error:
+        raise InputError(f"{path}: {str(error).strip().splitlines()[-1]}; expected {len(names)} columns a row") from None
+    return checked(table, path).reindex(columns=COLUMNS, fill_value="")
+
+
+def checked(table: pd.DataFrame, path: Path) -> pd.DataFrame:
+    """The same rows with integer classes; InputError for the first row without class 1-4 or without its columns."""
+    if table.empty:
+        raise InputError(f"{path}: a header and no row below it; expected rows of class, title, description")
+    number = pd.to_numeric(table["class"], errors="coerce")
+    for row in np.flatnonzero(~number.isin([1, 2, 3, 4]))[:1]:
+        raise InputError(f"{path}, row {row + 1}: class is {str(table['class'][row])[:40]!r}; expected 1, 2, 3 or 4")
+    for row in np.flatnonzero(table.isna().any(axis=1))[:1]:
+        raise InputError(f"{path}, row {row + 1}: has too few columns; expected {len(table.columns)}")
+    if not table["description"].str.strip().any():
+        raise InputError(f"{path}: every description is empty; expected a text in the last column")
+    return table.assign(**{"class": number.astype("int64")})
+
+
+def split(rows: int, validation: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row numbers of training and validation, each sorted, drawn without replacement by the seed."""
+    if not 0 < validation < rows:
+        raise InputError(f"validation is {validation} of {rows} rows; expected at least one row on either side")
+    order = np.random.default_rng(seed).permutation(rows)
+    return np.sort(order[validation:]), np.sort(order[:validation])
+
+
+def fresh_rows(known: Iterable[str], texts: Sequence[str], most: float = 0.2, n: int = 8) -> np.ndarray:
+    """(rows,) bool: True where at most a fifth of the row's 8-grams of `lower().split()` stand in any known text.
+
+    One AG News test row in nine is a near copy of a training row, and a model that has seen it scores it far too
+    well. Rows of under 8 words have no 8-gram and count as fresh. `known` is all of train.csv, validation included.
+    """
+    def grams(text: str) -> list[int]:
+        words = text.lower().split()
+        return [hash(tuple(words[i:i + n])) for i in range(len(words) - n + 1)]
+    wanted = [grams(text) for text in texts]
+    asked = {gram for row in wanted for gram in row}
+    seen = {gram for text in known for gram in grams(text) if gram in asked}
+    return np.array([not row or sum(gram in seen for gram in row) <= most * len(row) for row in wanted], dtype=bool)
+
+
+# ------------------------------------------------------------------------------------------------- tokenizing
+@dataclass
+class Tokens:
+    """A tokenized corpus: row i is [types[k] for k in ids[offsets[i]:offsets[i + 1]]].
+
+    types: every distinct token, in order of appearance; ids: (tokens,) int32, a read-only memory map when it comes
+    from the cache, so that no corpus has to fit in memory; offsets: (rows + 1,) int64.
+    """
+    types: list[str]
+    ids: np.ndarray
+    offsets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def counts(self, rows: np.ndarray) -> np.ndarray:
+        """(types,) how often each type stands in these rows."""
+        inside = np.zeros(len(self) + 1, dtype=np.int64)
+        inside[rows] = 1
+        mask = np.repeat(inside[:-1], np.diff(self.offsets)).astype(bool)
+        return np.bincount(self.ids[mask], minlength=len(self.types))
+
+
+def count_chunk(job: tuple[Callable, list[str]]) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """(types, ids, lengths) of one chunk of texts; runs in a worker process."""
+    tokenize, texts = job
+    index: dict[str, int] = {}
+    ids, lengths = [], []
+    for text in texts:
+        tokens = tokenize(text)
+        ids.extend([index.setdefault(token, len(index)) for token in tokens])
+        lengths.append(len(tokens))
+    return list(index), np.array(ids, dtype=np.int32), np.array(lengths, dtype=np.int64)
+
+
+def stream_tokens(texts: Iterable[str], tokenize: Callable, file) -> tuple[list[str], np.ndarray]:
+    """(types, offsets) of the texts, whose ids are appended to `file` as int32 while they come: flat memory."""
+    texts = iter(texts)
+    def chunks() -> Iterator[tuple[Callable, list[str]]]:
+        while chunk := [text for _, text in zip(range(CHUNK), texts, strict=False)]:
+            yield tokenize, chunk
+    index: dict[str, int] = {}
+    lengths = [np.zeros(1, dtype=np.int64)]
+    jobs = chunks()
+    first = next(jobs, None)
+    second = next(jobs, None)
+    todo = [job for job in (first, second) if job]
+    pool = multiprocessing.get_context().Pool(os.cpu_count()) if second else None   # one chunk is not worth a process
+    try:
+        rest = (job for part in (todo, jobs) for job in part)
+        for types, ids, length in pool.imap(count_chunk, rest) if pool else map(count_chunk, rest):
+            to_global = np.array([index.setdefault(token, len(index)) for token in types], dtype=np.int32)
+            file.write((to_global[ids] if len(ids) else ids).tobytes())
+            lengths.append(length)
+    finally:
+        if pool:
+            pool.terminate()
+    return list(index), np.cumsum(np.concatenate(lengths))
+
+
+def tokenize_corpus(texts: Sequence[str], tokenize: Callable, version: str, cache: Path | None = None) -> Tokens:
+    """Tokens of the texts, from the cache when the same texts were tokenized by the same `version` before.
+
+    The key is a hash of every text and of `version`, which names the tokenizer and its settings. `cache=None` keeps
+    everything in memory and leaves nothing behind.
+    """
+    if cache is None:
+        buffer = io.BytesIO()
+        types, offsets = stream_tokens(texts, tokenize, buffer)
+        return Tokens(types, np.frombuffer(buffer.getvalue(), dtype=np.int32), offsets)
+    key = hashlib.sha256(version.encode())
+    for text in texts:
+        key.update(f"{len(text)}:{text}".encode("utf-8", "surrogatepass"))
+    folder = Path(cache) / key.hexdigest()[:24]
+    if not (folder / "types.json").is_file():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".part"))
+        try:
+            with open(part / "ids.int32", "wb") as file:
+                types, offsets = stream_tokens(texts, tokenize, file)
+            np.save(part / "offsets.npy", offsets)
+            (part / "types.json").write_text(json.dumps(types), encoding="utf-8")
+            if not folder.exists():
+                os.replace(part, folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    return open_tokens(folder)
+
+
+def open_tokens(folder: Path) -> Tokens:
+    """A cached corpus, its ids a read-only memory map; InputError when the folder was damaged."""
+    try:
+        offsets = np.load(folder / "offsets.npy")
+        types = json.loads((folder / "types.json").read_text(encoding="utf-8"))
+        size = (folder / "ids.int32").stat().st_size
+        ids = np.memmap(folder / "ids.int32", dtype=np.int32, mode="r") if size else np.zeros(0, dtype=np.int32)
+        if len(ids) != offsets[-1]:
+            raise ValueError(f"{len(ids)} ids where {offsets[-1]} were expected")
+    except (OSError, ValueError) as error:
+        raise InputError(f"the token cache {folder} is damaged ({error}); delete it and run again") from None
+    return Tokens(types, ids, offsets)
+
+
+def main() -> int:
+    """Prints which AG News copy is in use, its rows per class and its hashes; downloads it when there is none."""
+    try:
+        folder = ag_news_folder()
+        for part, original in SHA256.items():
+            rows = read_csv(folder / f"{part}.csv")
+            digest = hashlib.sha256((folder / f"{part}.csv").read_bytes()).hexdigest()
+            kind = "the original" if digest == original else "not the original, accepted as it is"
+            classes = dict(sorted(Counter(rows["class"].tolist()).items()))
+            print(f"{folder / part}.csv: {len(rows):,} rows, by class {classes}, SHA-256 {digest} ({kind})")
+    except InputError as error:
+        print(f"prepare.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

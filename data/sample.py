@@ -1,0 +1,325 @@
+"""A news corpus of four classes written by a small grammar, whose entropy and best accuracies are known exactly.
+
+    the senior court sued the bank over this civil trial .              World: a state actor acts on a firm
+    on monday the bank sued the court in paris over the retail bond .   Business: the same two, the other way round
+
+A row is a walk through slots (subject, verb, object, ...): each slot draws a word; slot and word name the next slot.
+The only hidden thing is the class, so log p(row) is four sums and one logsumexp. A class c (0 World, 1 Sports, 2
+Business, 3 Sci/Tech; its mate is (c + 2) % 4) shows in two places: SUBJECT, who acts on whom (the object is always of
+the subject's mate), and MODIFIER, the kind of noun phrase. A bag of words holds both actors of a clause and cannot tell
+class from mate by them. Many words stand in several lists of NOUNS and are told apart by their neighbours: civil
+court, indoor court; solar cell, federal cell.
+
+`python data/sample.py --out DIR --rows 8000` writes DIR/train.csv and DIR/test.csv; `--limits` prints what is known.
+"""
+import argparse
+import csv
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from itertools import chain, count, islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+class_names = ("World", "Sports", "Business", "Sci/Tech")
+SUBJECT = (0.95, 0.02, 0.015)       # share of clauses whose subject is of the own class, its mate, each of the others
+MODIFIER = (0.70, 0.20, 0.05)       # share of noun phrases of the own class, its mate, each of the others: weaker
+CHUNK = 2_000       # rows drawn together from one seed: row i is the same however many rows are asked for
+END = ""            # the end symbol, which a language model predicts as well
+
+ACTORS = [words.split() for words in (
+    "minister president senate army parliament court embassy envoy police cabinet mayor governor militia king",
+    "coach striker goalkeeper club team captain champion referee sprinter boxer golfer pitcher league star",
+    "bank company retailer airline lender insurer brewer broker carmaker investor exporter grocer factory builder",
+    "scientist engineer lab astronomer doctor biologist chemist robot physicist coder hacker inventor surgeon pilot")]
+VERBS = [words.split() for words in (       # a list serves a class and its mate: a verb tells the pair, not the class
+    "sued warned funded lobbied bribed blamed rescued audited backed petitioned pressed shielded",
+    "tested trained tracked filmed measured challenged studied monitored advised beat equipped joined")]
+MODIFIERS = [words.split() for words in (
+    "military federal civil diplomatic colonial royal tribal imperial criminal national wartime peaceful",
+    "olympic indoor professional amateur junior regional outdoor seasonal athletic competitive home decisive",
+    "corporate retail commercial annual quarterly offshore wholesale luxury taxable profitable private industrial",
+    "digital nuclear solar wireless genetic magnetic quantum electronic virtual molecular robotic optical")]
+NOUNS = [words.split() for words in (
+    "court cell race strike trial charge bank treaty summit vote",
+    "court pitch race match trial record field drive medal tournament",
+    "pitch bond strike record charge bank market merger profit stock",
+    "cell bond match field drive charge virus chip telescope laser")]
+SPEAKERS, SAYING, DAYS, PLACES, ADJECTIVES, PREPOSITIONS, JOINS, LINKS = (words.split() for words in (
+    "analysts officials reporters observers insiders experts critics witnesses",
+    "said confirmed reported noted claimed admitted",
+    "monday tuesday wednesday thursday friday",
+    "london paris tokyo berlin madrid moscow sydney cairo toronto delhi",
+    "former young new senior rival veteran local famous",
+    "over after before despite during about",
+    "while and but as",
+    "meanwhile later elsewhere separately"))
+
+
+class Source(NamedTuple):
+    """The grammar as A arcs sorted by slot: an arc is one word of one slot, and leads to the next slot."""
+    slots: dict[str, int]                       # name -> number
+    arcs: list[dict[str, tuple[int, int]]]      # per slot: word -> (arc, next slot)
+    target: np.ndarray                          # (A,) next slot
+    logs: np.ndarray                            # (A, 4) log p(word | slot, class)
+    pieces: np.ndarray                          # (A,) the word with a space before it, "" for the end
+    steps: np.ndarray                           # (4 * A,) increasing: where a uniform number finds its arc, see walk()
+
+
+def shares(strength: tuple[float, float, float]) -> np.ndarray:
+    """(4 groups, 4 classes) p(group | class) from those of own, mate and each other; columns sum to 1."""
+    own, mate, other = strength
+    return np.array([np.roll((own, other, mate, other), c) for c in range(4)])
+
+
+def grammar() -> dict[str, list[tuple[float | np.ndarray, Sequence[str], str]]]:
+    """{slot: [(share, words, next slot)]}; a share is one number, or (4,) one per class."""
+    subject, modifier = shares(SUBJECT), shares(MODIFIER)
+    slots = {
+        "start": [(0.45, ["the"], "subject"), (0.30, SPEAKERS, "say"), (0.25, ["on"], "first day")],
+        "say": [(1, SAYING, "that")],
+        "that": [(1, ["that"], "the")],
+        "first day": [(1, DAYS, "the")],
+        "the": [(1, ["the"], "subject")],
+        "subject": [(0.25, ADJECTIVES, "subject noun"),
+                    *((0.75 * subject[g], ACTORS[g], f"verb {g}") for g in range(4))],
+        "subject noun": [(subject[g], ACTORS[g], f"verb {g}") for g in range(4)],
+        "after clause": [(0.75, PREPOSITIONS, "determiner"), (0.25, ["in"], "place")],
+        "place": [(1, PLACES, "after place")],
+        "after place": [(0.85, PREPOSITIONS, "determiner"), (0.15, [","], "join")],
+        "determiner": [(1, ["the", "this", "that"], "modifier")],
+        "modifier": [(modifier[g], MODIFIERS[g], f"noun {g}") for g in range(4)],
+        "after noun": [(0.1, ["and"], "determiner"), (0.12, [","], "join"), (0.18, ["on"], "last day"),
+                       (0.6, ["."], "stop")],
+        "last day": [(1, DAYS, "after day")],
+        "after day": [(0.12, [","], "join"), (0.88, ["."], "stop")],
+        "join": [(1, JOINS, "the")],
+        "stop": [(0.9, [END], "done"), (0.1, LINKS, "the")]}
+    for g in range(4):
+        mate = ACTORS[(g + 2) % 4]
+        slots |= {f"verb {g}": [(1, VERBS[g % 2], f"object the {g}")],
+                  f"object the {g}": [(1, ["the"], f"object {g}")],
+                  f"object {g}": [(0.25, ADJECTIVES, f"object noun {g}"), (0.75, mate, "after clause")],
+                  f"object noun {g}": [(1, mate, "after clause")],
+                  f"noun {g}": [(1, NOUNS[g], "after noun")]}
+    return slots
+
+
+@cache
+def source() -> Source:
+    """The grammar's arcs; within a list, word k (from 0) has a weight of 1 / (10 + k), so that no word is rare."""
+    table = grammar()
+    number = {name: k for k, name in enumerate([*table, "done"])}
+    arcs, target, chances, pieces, steps = [], [], [], [], [[] for _ in class_names]
+    for slot, ways in enumerate(table.values()):
+        arcs.append({})
+        first = len(target)
+        for share, words, following in ways:
+            weights = 1 / (10 + np.arange(len(words)))
+            for word, weight in zip(words, weights / weights.sum(), strict=True):
+                arcs[slot][word] = len(target), number[following]
+                target.append(number[following])
+                chances.append(np.broadcast_to(share * weight, 4))
+                pieces.append(f" {word}" if word != END else END)
+        for c, step in enumerate(steps):
+            low = 2 * (c * len(number) + slot)
+            step.extend(low + np.cumsum([chance[c] for chance in chances[first:-1]]))
+            step.append(low + 1.5)      # not 1: rounding must not reach the next slot
+    return Source(number, arcs, np.array(target), np.log(chances), np.array(pieces, object), np.concatenate(steps))
+
+
+# ------------------------------------------------------------------------------------------------- generating
+def walk(rng: np.random.Generator, label: np.ndarray, begin: str, end: str) -> list[str]:
+    """One text per label, drawn slot by slot from `begin` to `end`, all rows one word at a time.
+
+    Slot s of class c owns the part of `steps` from 2 (c S + s) on, so that one binary search finds every row's arc.
+    """
+    machine = source()
+    slot = np.full(len(label), machine.slots[begin])
+    text = np.full(len(label), "", dtype=object)
+    active = np.arange(len(label))
+    while len(active):
+        place = 2 * (label[active] * len(machine.slots) + slot[active]) + rng.random(len(active))
+        arc = np.searchsorted(machine.steps, place, side="right") % len(machine.target)
+        text[active] += machine.pieces[arc]
+        slot[active] = machine.target[arc]
+        active = active[slot[active] != machine.slots[end]]
+    return [row[1:] for row in text]
+
+
+def stream_rows(rows: int, seed: int, stream: int) -> Iterator[tuple[int, str, str]]:
+    """generate(), from one of the streams of a seed: 0 for training, 1 for test."""
+    if rows < 0 or seed < 0:
+        raise ValueError(f"rows is {rows} and seed {seed}; expected whole numbers from 0 on")
+    def chunks() -> Iterator[Iterable[tuple[int, str, str]]]:
+        for chunk in count():
+            rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, stream, chunk))))
+            label = (4 * rng.random(CHUNK)).astype(np.int64)
+            titles = [title.title() for title in walk(rng, label, "modifier", "after noun")]
+            yield zip((label + 1).tolist(), titles, walk(rng, label, "start", "done"), strict=True)
+    return islice(chain.from_iterable(chunks()), rows)
+
+
+def generate(rows: int, seed: int = 0) -> Iterator[tuple[int, str, str]]:
+    """(class 1-4, title, description) of each row, streamed; the first rows of a longer stream are the same rows.
+
+        next(generate(1))
+        (3, 'Magnetic Charge', 'insiders noted that the grocer funded the militia after the annual charge .')
+
+    The title is one more noun phrase of the class; nats, posteriors and limits are about the description alone.
+    """
+    return stream_rows(rows, seed, stream=0)
+
+
+# ---------------------------------------------------------------------------------------------------- scoring
+def class_logs(descriptions: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(rows, 4) log p(description, end | class), and (rows,) tokens, the end symbol counted; ValueError as in nats."""
+    machine = source()
+    path, tokens = [], []
+    for description in descriptions:
+        words = [*description.split(), END]
+        slot = machine.slots["start"]
+        for k, word in enumerate(words):
+            if word not in machine.arcs[slot]:
+                raise ValueError(f"the source cannot write {word or 'the end'!r} as token {k + 1} of {description!r}")
+            arc, slot = machine.arcs[slot][word]
+            path.append(arc)
+        tokens.append(len(words))
+    starts = np.cumsum([0, *tokens])[:-1]
+    return np.add.reduceat(machine.logs[path], starts) if tokens else np.zeros((0, 4)), np.array(tokens, dtype=int)
+
+
+def bag_logs(descriptions: Iterable[str]) -> np.ndarray:
+    """(rows, 4) log p(bag of words | class), up to a constant of the row; see bag_posterior."""
+    subject, modifier = shares(SUBJECT), shares(MODIFIER)
+    evidence = {word: np.log(subject[pair] + subject[pair + 2]) for pair in (0, 1) for word in VERBS[pair]}
+    evidence |= {word: np.log(modifier[g]) for g in range(4) for word in MODIFIERS[g]}
+    return np.array([sum((evidence[word] for word in description.split() if word in evidence), np.zeros(4))
+                     for description in descriptions]).reshape(-1, 4)
+
+
+def bayes(logs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """log p(row | class) (rows, 4) -> p(class | row) (rows, 4), -log p(row) (rows,), classes equally frequent."""
+    top = logs.max(axis=1, keepdims=True)
+    weights = np.exp(logs - top)
+    total = weights.sum(axis=1, keepdims=True)
+    return weights / total, (np.log(4) - top - np.log(total))[:, 0]
+
+
+def nats(description: str) -> float:
+    """-log p(tokens, end) under the source, the class unknown: no language model has a lower expectation.
+
+    It bounds both directions, since the joint probability is the product of the next-token probabilities read
+    forward, </s> predicted last, as well as backward, <s> predicted last. A mean clearly below it is a leak.
+    ValueError for a text that the source cannot write.
+    """
+    return float(nats_batch([description])[0])
+
+
+def nats_batch(descriptions: Iterable[str]) -> np.ndarray:
+    """(rows,) nats() of each description."""
+    return bayes(class_logs(descriptions)[0])[1]
+
+
+def posterior(description: str) -> np.ndarray:
+    """(4,) p(class | description): no classifier is right more often than its largest entry."""
+    return bayes(class_logs([description])[0])[0][0]
+
+
+def bag_posterior(description: str) -> np.ndarray:
+    """(4,) p(class | the words in any order): exact, and the same for every order of the words.
+
+    p(row | class) is base(row), free of the class, times the share of each modifier's group, times the share of each
+    clause's subject group, written as share(pair) * share(who acts | pair). Modifiers and verbs stand in no other slot
+    and a verb names its pair, so all rows of one bag have the same shares of groups and pairs. What differs is who
+    acts. Exchanging the two actors of a clause changes neither bag nor base, so the bag's rows fall into sets of
+    2^clauses, over which base * product of share(who acts | pair) sums to base, whatever the class. Hence
+    p(bag | class) is a constant of the bag times the shares that verbs and modifiers tell.
+
+        the court sued the bank over the civil trial .    World and Business 0.78 : 0.22, by "civil" alone
+    """
+    return bayes(bag_logs([description]))[0][0]
+
+
+def limits(rows: int = 20_000, seed: int = 1_000_003) -> dict[str, float | int]:
+    """What the best language model and the best classifiers reach, as means over rows with their standard errors.
+
+    nats_per_token and perplexity count the end symbol. An accuracy is the mean of the largest posterior, which has
+    less noise than counting hits: sequence_accuracy for who sees the order of the words, bag_accuracy for who does not.
+    """
+    if rows < 2:
+        raise ValueError(f"rows is {rows}; a standard error needs at least 2")
+    descriptions = [description for _, _, description in generate(rows, seed)]
+    logs, tokens = class_logs(descriptions)
+    probabilities, row_nats = bayes(logs)
+    per_token = row_nats.sum() / tokens.sum()
+    error = (row_nats - per_token * tokens).std() / tokens.mean() / rows ** 0.5
+    found = {"vocabulary": len({word for arcs in source().arcs for word in arcs} - {END}),
+             "tokens_per_row": tokens.mean(), "nats_per_token": per_token, "nats_per_token_error": error,
+             "perplexity": np.exp(per_token), "perplexity_error": np.exp(per_token) * error}
+    for name, known in (("sequence", probabilities), ("bag", bayes(bag_logs(descriptions))[0])):
+        best = known.max(axis=1)
+        found |= {f"{name}_accuracy": best.mean(), f"{name}_accuracy_error": best.std() / rows ** 0.5}
+    return {"rows": rows, "seed": seed, **{name: np.asarray(value).item() for name, value in found.items()}}
+
+
+# ---------------------------------------------------------------------------------------------------- writing
+def write(folder: str | Path, rows: int, seed: int = 0, test_rows: int = 1_000) -> None:
+    """folder/train.csv and folder/test.csv in AG News's layout: no header, "3","Title","Description"; streamed.
+
+    Both are written beside their names and take them once both are whole, so that a kill leaves no half corpus.
+    """
+    streams = [stream_rows(rows, seed, stream=0), stream_rows(test_rows, seed, stream=1)]
+    paths = [Path(folder) / "train.csv", Path(folder) / "test.csv"]
+    parts = [path.with_name(f".{path.name}.part") for path in paths]
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    try:
+        for part, stream in zip(parts, streams, strict=True):
+            with open(part, "w", encoding="utf-8", newline="") as file:
+                csv.writer(file, quoting=csv.QUOTE_ALL, lineterminator="\n").writerows(stream)
+                file.flush()
+                os.fsync(file.fileno())
+        for part, path in zip(parts, paths, strict=True):
+            os.replace(part, path)
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)
+
+
+def whole(text: str) -> int:
+    """The number that an option's text writes."""
+    if not (text.isascii() and text.isdigit() and len(text) <= 10):
+        raise argparse.ArgumentTypeError(f"expected a whole number of at most 10 digits, got {text!r}")
+    return int(text)
+
+
+def main() -> int:
+    """Writes the corpus, prints its limits as JSON, or both."""
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__,     # a complaint is one line
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", metavar="DIR", help="folder for train.csv and test.csv")
+    parser.add_argument("--rows", type=whole, default=8_000, help="rows of train.csv (default %(default)s)")
+    parser.add_argument("--test-rows", type=whole, default=1_000, help="rows of test.csv (default %(default)s)")
+    parser.add_argument("--seed", type=whole, default=0, help="default %(default)s")
+    parser.add_argument("--limits", action="store_true", help="print entropy and best accuracies")
+    options = parser.parse_args()
+    if not (options.out or options.limits):
+        parser.error("say where to write with --out DIR, or ask for --limits")
+    if not (options.rows and options.test_rows):
+        parser.error("--rows and --test-rows must be at least 1")
+    try:
+        if options.out:
+            write(options.out, options.rows, options.seed, options.test_rows)
+    except OSError as error:
+        parser.error(f"{options.out}: cannot be written ({error.strerror}); free space or choose another --out")
+    if options.limits:
+        print(json.dumps(limits(), indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

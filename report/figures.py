@@ -1,0 +1,78 @@
+"""Figures of both scripts, drawn from their JSON: legible at print size, colour-blind safe, titled by what they show."""
+import io
+from pathlib import Path
+
+import numpy as np
+
+from data.files import write_atomically
+
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"      # Okabe and Ito 2008
+
+
+def save(figure, path: Path) -> None:
+    """`figure` as a PNG of 200 dots an inch, whole or not at all."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=200, bbox_inches="tight", metadata={"Software": None})
+    write_atomically(path, lambda file: file.write(buffer.getvalue()))
+
+
+def pretraining(result: dict, out: Path) -> None:
+    """OUT/curves_pretraining.png and OUT/confusion_words.png of a pretraining.json."""
+    if result["history"]:
+        save(curves(result), out / "curves_pretraining.png")
+    if len(result["confusion"]["words"]) > 1:
+        save(words_confused(result), out / "confusion_words.png")
+
+
+def new_figure(width: float, height: float):
+    """(figure, axes) without a window system, so that scripts draw on any machine."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(width, height))
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def curves(result: dict):
+    """Perplexity after each epoch: validation rows in both directions, training rows, and Kneser-Ney as a line."""
+    history = result["history"]
+    figure, axes = new_figure(6.4, 4)
+    epochs = [entry["epoch"] for entry in history]
+    axes.plot(epochs, [entry["train_perplexity"] for entry in history], "s:", color=GREY,
+              label="training rows, with dropout and sampling, both directions")
+    part = result["splits"]["validation"]
+    if "validation_perplexity" in history[0]:
+        for d, (name, colour, marker) in enumerate((("forward", BLUE, "o"), ("backward", ORANGE, "^"))):
+            axes.plot(epochs, [entry["validation_perplexity"][d] for entry in history], marker + "-", color=colour,
+                      label=f"validation rows, {name}")
+    axes.axhline(part["forward"]["kneser_ney_perplexity"], color=GREEN, linestyle="--",
+                 label="validation rows, forward 4-gram Kneser-Ney")
+    axes.set(xlabel="epoch (passes over the training rows)", ylabel="perplexity (log scale)", yscale="log")
+    low, high = axes.get_ylim()
+    ticks = [t for t in (1, 2, 3, 5, 8, 12, 20, 30, 50, 70, 100, 150, 200, 300, 500, 1000, 2000) if low <= t <= high]
+    axes.set_yticks(ticks, [str(t) for t in ticks])
+    axes.minorticks_off()
+    best = [part[d]["perplexity"] for d in ("forward", "backward")]
+    axes.set_title(f"Validation perplexity ends at {best[0]:.1f} forward, {best[1]:.1f} backward "
+                   f"(n = {part['tokens']:,} tokens, V = {result['vocabulary']:,})", fontsize=10)
+    axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def words_confused(result: dict):
+    """Confusion matrix of the most frequent words as a heat map of row shares, counts left to the JSON."""
+    words, counts = result["confusion"]["words"], np.array(result["confusion"]["counts"], dtype=float)
+    share = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    figure, axes = new_figure(8.4, 7.6)
+    image = axes.imshow(share, cmap="cividis", vmin=0, vmax=100)
+    axes.set_xticks(range(len(words)), words, rotation=90, fontsize=8)
+    axes.set_yticks(range(len(words)), words, fontsize=8)
+    for i, j in zip(*np.nonzero(share >= 5), strict=True):
+        axes.text(j, i, f"{share[i, j]:.0f}", ha="center", va="center", fontsize=6,
+                  color="black" if share[i, j] > 55 else "white")
+    axes.set(xlabel="predicted word", ylabel="gold word")
+    hit = np.trace(counts[:-1, :-1]) / max(counts[:-1].sum(), 1)
+    axes.set_title(f"The forward model names {hit:.0%} of the {len(words) - 1} most frequent words right\n"
+                   f"(test rows, n = {int(counts.sum()):,} tokens; percent of each gold word, from 5 % on)", fontsize=10)
+    figure.colorbar(image, ax=axes, shrink=0.7, label="percent of the gold word's occurrences")
+    return figure

@@ -1,0 +1,185 @@
+"""The numbers of a pretraining run, made by ELMO.py at its end: OUT/pretraining.json and its figures.
+
+Schema of pretraining.json:
+    command, config, versions, machine, minutes (command to file), peak_memory_gb, tokens_per_second (training, real
+    targets of both directions), vocabulary, parameters, file_mb, digest (of bilstm.pt), unknown {train, validation,
+    test} (share of <unk>), history [{step, epoch, seconds, train_perplexity, validation_perplexity [fw, bw]}]
+    splits.{train, validation, test}: rows, tokens (predicted, end symbols in), unigram_perplexity, and for forward and
+        backward: nats (per token), perplexity, bits_per_token, accuracy, top5_accuracy, macro_precision, macro_recall,
+        macro_f1 (over the words that occur as gold), kneser_ney_perplexity (order 4)
+    splits.{validation, test}.fresh: the same for the rows that are no near copies (data/prepare.py: fresh_rows)
+    confusion: {words, counts} forward model on test rows: rows gold, columns predicted, the last one every other word
+`train` is 4,000 training rows chosen by the seed. Every number is that of the weights in the file, half precision.
+"""
+import os
+import platform
+import resource
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+
+from data.files import write_json
+from data.prepare import Tokens, fresh_rows
+from report import ngram
+
+DIRECTIONS = ("forward", "backward")
+SAMPLE = 4000       # training rows that are measured
+FREQUENT = 25       # words of the confusion matrix
+
+
+def word_metrics(gold: np.ndarray, best: np.ndarray, rank: np.ndarray) -> dict:
+    """Word prediction: accuracy, top-5 accuracy, macro precision, recall and F1 over the words that occur as gold."""
+    if not len(gold):
+        return {}
+    precision, recall, f1, _ = precision_recall_fscore_support(gold, best, labels=np.unique(gold), average="macro",
+                                                               zero_division=0)
+    return {"accuracy": float((gold == best).mean()), "top5_accuracy": float((rank < 5).mean()),
+            "macro_precision": float(precision), "macro_recall": float(recall), "macro_f1": float(f1)}
+
+
+def summary(scores, select: np.ndarray | None = None) -> dict:
+    """{"rows", "tokens", "forward": {...}, "backward": {...}} of all rows or of a boolean choice of them."""
+    select = np.ones(len(scores.tokens), dtype=bool) if select is None else select
+    tokens = int(scores.tokens[select].sum())
+    out = {"rows": int(select.sum()), "tokens": tokens}
+    for d, name in enumerate(DIRECTIONS):
+        nats = float(scores.nats[d, select].sum() / max(1, tokens))
+        out[name] = {"nats": nats, "perplexity": float(np.exp(nats)), "bits_per_token": nats / float(np.log(2))}
+        if scores.words:
+            row, *words = scores.words[d]
+            out[name] |= word_metrics(*(part[select[row]] for part in words))
+    return out
+
+
+def rows_of(tokens: Tokens, lookup: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, offsets) of some rows as report/ngram.py takes them."""
+    lengths = np.diff(tokens.offsets)[rows]
+    offsets = np.append(0, np.cumsum(lengths))
+    at = np.repeat(tokens.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
+    return lookup[tokens.ids[at]], offsets
+
+
+def add_ngrams(splits: dict, train: tuple, parts: dict, fresh: dict, size: int) -> None:
+    """Unigram and Kneser-Ney perplexities of every split into `splits`, all rows and fresh ones."""
+    def put(name: str, key: str, nats: np.ndarray, direction: str | None = None) -> None:
+        for target, mask in ((splits[name], slice(None)), (splits[name].get("fresh"), fresh.get(name))):
+            if target:
+                (target[direction] if direction else target)[key] = ngram.perplexity(nats, parts[name][1], mask)
+    for name, rows in parts.items():
+        put(name, "unigram_perplexity", ngram.unigram_nats(*train, size, *rows))
+    for direction, turn in (("forward", lambda *rows: rows), ("backward", ngram.reverse)):
+        model = ngram.KneserNey(*turn(*train), size)
+        for name, rows in parts.items():
+            put(name, "kneser_ney_perplexity", model.nats(*turn(*rows)), direction)
+
+
+def confusion(scores, words: list[str]) -> dict:
+    """Counts over the most frequent gold words of the forward model; the last row and column are all other words."""
+    _, gold, best, _ = scores.words[0]
+    ids, counts = np.unique(gold, return_counts=True)
+    top = ids[np.argsort(-counts, kind="stable")[:FREQUENT]]
+    place = np.full(len(words), len(top))
+    place[top] = np.arange(len(top))
+    matrix = confusion_matrix(place[gold], place[best], labels=np.arange(len(top) + 1))
+    return {"words": [words[i] for i in top] + ["(other)"], "counts": matrix.tolist()}
+
+
+def machine(device: torch.device) -> dict:
+    """What the numbers were measured on, in public terms."""
+    capabilities = torch.cpu.get_capabilities()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else capabilities.get("cpu_name", platform.machine())
+    return {"device": name, "threads": torch.get_num_threads(), "cores": os.cpu_count(), "system": platform.system(),
+            "bf16_hardware": bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))}
+
+
+def versions() -> dict:
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+
+
+def peak_memory_gb() -> float:
+    """Largest resident memory of this process so far; ru_maxrss counts kilobytes on Linux, bytes on macOS."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+
+
+def describe(trainer, test) -> str:
+    """Rows, vocabulary, unknown words, parameters and precision of a run, as lines to print before it."""
+    data, config = trainer.data, trainer.config
+    everything = np.arange(len(test.tokens))
+    weights = sum(value.numel() for value in trainer.model.state_dict().values())
+    return (f"{len(data.train):,} training rows, {len(data.validation):,} validation rows, {len(everything):,} test rows\n"
+            f"vocabulary {len(data.words):,} words of min-count {config.min_count}; <unk> {data.unknown(data.train):.2%} of "
+            f"training tokens, {data.unknown(data.validation):.2%} of validation, {unknown_share(test):.2%} of test\n"
+            f"{weights:,} weights, {str(trainer.dtype).removeprefix('torch.')} on {machine(trainer.device)['device']}, "
+            f"{trainer.steps:,} steps of {trainer.targets_per_epoch / trainer.per_epoch:,.0f} targets")
+
+
+def unknown_share(encoded) -> float:
+    """Share of <unk> among all tokens of an Encoded corpus."""
+    ids = encoded.lookup[encoded.tokens.ids]
+    return float((ids == 1).mean()) if len(ids) else 0.0
+
+
+def details(data, score_rows, model) -> dict:
+    """Word-prediction metrics on the validation rows, for --report-every."""
+    return summary(score_rows(model, data.encoded, data.validation, details=True))
+
+
+def measure(elmo, trainer, texts: tuple[list[str], list[str]], test, score_rows) -> tuple[dict, dict]:
+    """(splits, confusion) of the finished model, as the schema above says; texts are train.csv's and test.csv's."""
+    data = trainer.data
+    sample = np.sort(np.random.default_rng([elmo.config.seed, 4]).permutation(data.train)[:SAMPLE])
+    chosen = {"train": (data.encoded, sample), "validation": (data.encoded, data.validation),
+              "test": (test, np.arange(len(test.tokens)))}
+    fresh = {"validation": fresh_rows([texts[0][i] for i in data.train], [texts[0][i] for i in data.validation]),
+             "test": fresh_rows(*texts)}
+    splits, parts = {}, {}
+    for name, (encoded, rows) in chosen.items():
+        scores = score_rows(elmo.model, encoded, rows, details=True)
+        splits[name] = summary(scores)
+        if name in fresh:
+            splits[name]["fresh"] = summary(scores, fresh[name])
+        parts[name] = rows_of(encoded.tokens, encoded.lookup, rows)
+    add_ngrams(splits, rows_of(data.encoded.tokens, data.encoded.lookup, data.train), parts, fresh, len(data.words))
+    return splits, confusion(scores, data.words.words)
+
+
+def publish(elmo, trainer, texts, test, score_rows, out: Path, begin: float) -> None:
+    """Measures the finished model and writes OUT/bilstm.pt, OUT/pretraining.json and the figures."""
+    from report import figures
+    data = trainer.data
+    print("measuring the finished model with the full softmax", flush=True)
+    splits, matrix = measure(elmo, trainer, texts, test, score_rows)
+    elmo.metrics = {name: {d: part[d]["perplexity"] for d in DIRECTIONS} for name, part in splits.items()}
+    elmo.save(out / "bilstm.pt")
+    seconds = max(elmo.history[-1]["seconds"], 1e-9) if elmo.history else 0.0
+    result = {
+        "command": " ".join(["python", *(Path(sys.argv[0]).name, *sys.argv[1:])]), "config": asdict(elmo.config),
+        "versions": versions(), "machine": machine(trainer.device), "processes": trainer.world,
+        "precision": str(trainer.dtype).removeprefix("torch."), "minutes": (time.perf_counter() - begin) / 60,
+        "training_seconds": seconds, "peak_memory_gb": peak_memory_gb(),
+        "tokens_per_second": trainer.targets_per_epoch * elmo.config.epochs / seconds if seconds else None,
+        "vocabulary": len(data.words), "parameters": sum(v.numel() for v in elmo.model.state_dict().values()),
+        "file_mb": (out / "bilstm.pt").stat().st_size / 1e6, "digest": elmo.digest,
+        "unknown": {"train": data.unknown(data.train), "validation": data.unknown(data.validation),
+                    "test": unknown_share(test)},
+        "history": elmo.history, "splits": splits, "confusion": matrix}
+    write_json(out / "pretraining.json", result)
+    figures.pretraining(result, out)
+    print(table(result))
+
+
+def table(result: dict) -> str:
+    """The perplexities of a result as lines to print."""
+    lines = [f"vocabulary {result['vocabulary']:,}; <unk> " + ", ".join(f"{k} {v:.2%}" for k, v in result["unknown"].items()),
+             f"{'perplexity':<20}{'rows':>8}{'forward':>10}{'backward':>10}{'Kneser-Ney':>12}{'unigram':>10}"]
+    for name, part in result["splits"].items():
+        for label, p in ((name, part), (f"{name}, fresh rows", part.get("fresh"))):
+            if p and p["rows"]:
+                lines.append(f"{label:<20}{p['rows']:>8,}{p['forward']['perplexity']:>10.2f}{p['backward']['perplexity']:>10.2f}"
+                             f"{p['forward']['kneser_ney_perplexity']:>12.2f}{p['unigram_perplexity']:>10.1f}")
+    return "\n".join(lines)
