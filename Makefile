@@ -6,7 +6,7 @@ DEMO    = build/demo
 # Small enough for two cores and a few minutes; the published run is the bare command.
 SMALL   = --hidden 96 --validation 800 --epochs 5 --batch-tokens 800 --negatives 400 --lr 0.006 --table-lr 0.006
 
-.PHONY: help setup demo test lint train bench report clean
+.PHONY: help setup demo test kills lint train bench report clean
 
 help:           ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:[^#]*## */\t/' | expand -t 12
@@ -28,6 +28,9 @@ lint: setup     ## ruff
 
 test: lint      ## lint, then the test suite
 	$(PY) -m pytest
+
+kills: setup    ## 20 SIGKILLs at random moments, each resumed, same weights bit for bit
+	$(PY) -m pytest tests/test_runs.py -k killed --kills 20
 
 train: setup    ## the published run: AG News to models/bilstm.pt
 	$(PY) ELMO.py --resume

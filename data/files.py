@@ -102,11 +102,29 @@ def write_json(path: Path, content: dict) -> None:
     write_atomically(path, lambda file: file.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()))
 
 
-def write_npz(elmo, source: str, target: str, precision: str, dtype: type = np.float16) -> tuple[int, ...]:
-    """`target`, a .npz of the lines of `source`: offsets (N + 1,), vectors (3, tokens, D); the shape of the vectors.
+def write_resume(path: Path, identity: dict, state: dict) -> None:
+    """The state of a run that stopped, with what a run must be to go on from it."""
+    write_atomically(path, partial(torch.save, {"identity": identity, "state": state}))
 
+
+def read_resume(path: Path, identity: dict) -> dict:
+    """The state; InputError names the first thing in which the run that made it differs from this one."""
+    content = read_checkpoint(path, {"identity", "state"})
+    for name, value in identity.items():
+        if (found := content["identity"].get(name)) != value:
+            raise InputError(f"{path} was made with {name} = {found}, not {value}; give the same knobs and data, or "
+                             "start anew without --resume")
+    return content["state"]
+
+
+def write_npz(elmo, source: str, target: str, precision: str, wide: bool) -> int:
+    """Writes `target`, a .npz of the lines of `source`: offsets (N + 1,), vectors (3, tokens, D); exit status 0.
+
+    float16, or float32 when `wide`; precision "fp32", or "auto" and "bf16" for bf16 where the hardware has it.
     Streamed: the vectors fill a memory map beside the target, which is then packed, so that memory stays flat.
     """
+    if not source or not target:
+        raise InputError("--embed and --npz go together: --embed texts.txt --npz vectors.npz")
     lines = read_text(source).split("\n")
     lines = [line.removesuffix("\r") for line in (lines[:-1] if lines[-1] == "" else lines)]
     offsets = elmo.encode(lines).tokens.offsets
@@ -115,8 +133,9 @@ def write_npz(elmo, source: str, target: str, precision: str, dtype: type = np.f
     if not parent.is_dir():
         raise InputError(f"{target} cannot be written: the folder {parent} is missing")
     with TemporaryDirectory(dir=parent, prefix=".embed") as folder:
-        vectors = np.lib.format.open_memmap(f"{folder}/vectors.npy", mode="w+", shape=shape, dtype=dtype)
-        texts = tqdm(elmo.embed_stream(lines, precision), total=len(lines), unit="text")
+        vectors = np.lib.format.open_memmap(f"{folder}/vectors.npy", mode="w+", shape=shape,
+                                            dtype=np.float32 if wide else np.float16)
+        texts = tqdm(elmo.embed_stream(lines, "fp32" if precision == "fp32" else "bf16"), total=len(lines), unit="text")
         for start, layers in zip(offsets[:-1], texts, strict=True):
             vectors[:, start:start + layers.shape[1]] = layers.numpy()
         vectors.flush()
@@ -126,7 +145,8 @@ def write_npz(elmo, source: str, target: str, precision: str, dtype: type = np.f
                 for name in ("offsets.npy", "vectors.npy"):
                     archive.write(f"{folder}/{name}", name)
         write_atomically(target, pack)
-    return shape
+    print(f"{target}: offsets ({len(offsets)},), vectors {shape} of {len(lines):,} texts")
+    return 0
 
 
 @contextmanager

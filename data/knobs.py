@@ -1,8 +1,12 @@
 """Knobs: a frozen dataclass whose fields carry their help, filled from a TOML file and the command line."""
 import argparse
 import math
+import sys
 import tomllib
+from collections.abc import Callable, Sequence
 from dataclasses import field, fields
+from functools import wraps
+from pathlib import Path
 
 from data.files import InputError, read_text
 
@@ -51,3 +55,35 @@ def add_knobs(parser: argparse.ArgumentParser, config_class: type) -> None:
         if f.metadata["among"]:
             how["choices"] = f.metadata["among"]
         parser.add_argument(name, help=text.replace("%", "%%"), default=argparse.SUPPRESS, **how)
+
+
+def script_arguments(argv: Sequence[str] | None, config_class: type, name: str, text: str, out: Path, options: dict):
+    """(config, other options) of a script: its knobs, --out, --resume, --config and `options` {flag: settings}."""
+    parser = Parser(prog=name, description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default=out, type=Path, help=f"folder that the run writes (default {out.name}/)")
+    parser.add_argument("--resume", action="store_true", help="go on where the last run in --out stopped")
+    parser.add_argument("--config", metavar="FILE", help="TOML file of knobs; the command line wins")
+    for flag, settings in options.items():
+        parser.add_argument(flag, **settings)
+    others = {action.dest for action in parser._actions} - {"help"}
+    add_knobs(parser, config_class)
+    given = vars(parser.parse_args(argv))
+    other = argparse.Namespace(**{key: given.pop(key) for key in others})
+    from_file = read_toml(other.config, {f.name for f in fields(config_class)}) if other.config else {}
+    return config_class(**(from_file | given)), other
+
+
+def script(name: str) -> Callable:
+    """Decorates a main(argv) -> exit status: an InputError becomes one sentence and status 2, Ctrl-C status 130."""
+    def decorate(main: Callable[..., int]) -> Callable[..., int]:
+        @wraps(main)
+        def run(argv: Sequence[str] | None = None) -> int:
+            try:
+                return main(argv)
+            except InputError as error:
+                print(f"{name}: {error}", file=sys.stderr)
+                return 2
+            except KeyboardInterrupt:
+                return 130
+        return run
+    return decorate

@@ -19,13 +19,16 @@ import tempfile
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from data.files import InputError, write_atomically
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # run as `python data/prepare.py`
+
+from data.files import InputError, read_text, write_atomically
 
 HERE = Path(__file__).resolve().parent
 SOURCE = "https://raw.githubusercontent.com/mhjabreel/CharCnn_Keras/master/data/ag_news_csv/"
@@ -60,8 +63,8 @@ def download(folder: Path) -> None:
                 content = reply.read()
         except OSError as error:
             raise InputError(
-                f"AG News is neither in $AG_NEWS_DIR nor in {folder}, and the download failed ({error}); mend it by one "
-                "of three ways: set AG_NEWS_DIR to a folder with train.csv and test.csv, put the two files into "
+                f"AG News is neither in $AG_NEWS_DIR nor in {folder}, and the download failed ({error}); mend it in "
+                "one of three ways: set AG_NEWS_DIR to a folder with train.csv and test.csv, put the two files into "
                 f"{folder}, or connect to the network and run this again (`make demo` needs no download)") from None
         if (found := hashlib.sha256(content).hexdigest()) != expected:
             raise InputError(f"the download of {part}.csv has SHA-256 {found} where {expected} was expected; "
@@ -70,9 +73,13 @@ def download(folder: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- reading
-def read_ag_news(part: str) -> pd.DataFrame:
-    """Rows of "train" or "test": columns class (1-4), title ("" in the two-column layout), description."""
-    return read_csv(ag_news_folder() / f"{part}.csv")
+def read_ag_news(part: str, rows: int = 0) -> pd.DataFrame:
+    """The first `rows` rows (0: all) of "train" or "test": class (1-4), title ("" where there is none), description."""
+    path = ag_news_folder() / f"{part}.csv"
+    table = read_csv(path)
+    if rows > len(table):
+        raise InputError(f"rows is {rows}, but {path} has {len(table)} rows")
+    return table[:rows or None]
 
 
 def read_csv(path: str | Path) -> pd.DataFrame:
@@ -84,15 +91,7 @@ def read_csv(path: str | Path) -> pd.DataFrame:
 
     InputError names the file, the row (1 is the first below a header) and what was expected.
     """
-    path = Path(path)
-    try:
-        content = path.read_bytes()
-        text = content.decode("utf-8-sig")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        line = content[:error.start].count(b"\n") + 1
-        raise InputError(f"{path}, line {line}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+    path, text = Path(path), read_text(path)
     if not text.strip():
         raise InputError(f"{path}: the file is empty; expected rows of class, title, description")
     if "\0" in text:
@@ -112,7 +111,8 @@ def read_csv(path: str | Path) -> pd.DataFrame:
                             keep_default_na=False, na_values=[], index_col=False, skip_blank_lines=True,
                             on_bad_lines="error")
     except (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError) as error:
-        raise InputError(f"{path}: {str(error).strip().splitlines()[-1]}; expected {len(names)} columns a row") from None
+        reason = str(error).strip().splitlines()[-1]
+        raise InputError(f"{path}: {reason}; expected {len(names)} columns a row") from None
     return checked(table, path).reindex(columns=COLUMNS, fill_value="")
 
 
@@ -128,6 +128,17 @@ def checked(table: pd.DataFrame, path: Path) -> pd.DataFrame:
     if not table["description"].str.strip().any():
         raise InputError(f"{path}: every description is empty; expected a text in the last column")
     return table.assign(**{"class": number.astype("int64")})
+
+
+def check_texts(texts: Sequence[str]) -> list[str]:
+    """The texts as a list; InputError for one string, or for anything in it that is not a string."""
+    if isinstance(texts, str):
+        raise InputError("texts is one string; expected a list of strings, such as [text]")
+    texts = list(texts)
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise InputError(f"text {i} is of type {type(text).__name__}; expected str")
+    return texts
 
 
 def split(rows: int, validation: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -235,8 +246,9 @@ def tokenize_corpus(texts: Sequence[str], tokenize: Callable, version: str, cach
                 types, offsets = stream_tokens(texts, tokenize, file)
             np.save(part / "offsets.npy", offsets)
             (part / "types.json").write_text(json.dumps(types), encoding="utf-8")
-            if not folder.exists():
-                os.replace(part, folder)
+            part.chmod(0o755)
+            with suppress(OSError):         # another process was first: its folder holds the same
+                part.replace(folder)
         finally:
             shutil.rmtree(part, ignore_errors=True)
     return open_tokens(folder)
@@ -254,6 +266,36 @@ def open_tokens(folder: Path) -> Tokens:
     except (OSError, ValueError) as error:
         raise InputError(f"the token cache {folder} is damaged ({error}); delete it and run again") from None
     return Tokens(types, ids, offsets)
+
+
+def spell(types: Sequence[str], max_chars: int, special: int) -> np.ndarray:
+    """(special + types, max_chars + 2) codes of UTF-8 bytes: 0 pads, 1 begins and 2 ends a word, byte b is 3 + b.
+
+    The special symbols come first, each one code that no byte has, so that a text can not spell them either.
+    """
+    codes = np.zeros((special + len(types), max_chars + 2), dtype=np.int16)
+    for i in range(1, special):
+        codes[i, 0] = 258 + i
+    for row, token in zip(codes[special:], types, strict=True):
+        letters = [1, *(3 + b for b in token.encode("utf-8", "surrogatepass")[:max_chars]), 2]
+        row[:len(letters)] = letters
+    return codes
+
+
+def word2vec(data, size: int, epochs: int, seed: int) -> dict[int, np.ndarray]:
+    """{word id: (size,) vector} by gensim's CBOW on the training rows of a data.text.Data, the same for a seed.
+
+    One worker: with more, the vectors differ from run to run.
+    """
+    from gensim.models import Word2Vec
+
+    class Sentences:
+        def __iter__(self) -> Iterator[list[int]]:
+            tokens, lookup = data.encoded.tokens, data.encoded.lookup
+            for row in data.train:
+                yield lookup[tokens.ids[tokens.offsets[row]:tokens.offsets[row + 1]]].tolist()
+    vectors = Word2Vec(Sentences(), vector_size=size, min_count=1, workers=1, seed=seed, epochs=epochs, negative=10).wv
+    return {i: vectors[i] for i in range(len(data.words)) if i in vectors.key_to_index}
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""Figures of both scripts, drawn from their JSON: legible at print size, colour-blind safe, titled by what they show."""
+"""Figures of both scripts from their JSON: legible at print size, colour-blind safe, titled by what they show."""
 import io
 from pathlib import Path
 
@@ -73,6 +73,7 @@ def words_confused(result: dict):
     axes.set(xlabel="predicted word", ylabel="gold word")
     hit = np.trace(counts[:-1, :-1]) / max(counts[:-1].sum(), 1)
     axes.set_title(f"The forward model names {hit:.0%} of the {len(words) - 1} most frequent words right\n"
-                   f"(test rows, n = {int(counts.sum()):,} tokens; percent of each gold word, from 5 % on)", fontsize=10)
+                   f"(test rows, n = {int(counts.sum()):,} tokens; percent of each gold word, from 5 % on)",
+                   fontsize=10)
     figure.colorbar(image, ax=axes, shrink=0.7, label="percent of the gold word's occurrences")
     return figure

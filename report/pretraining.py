@@ -11,19 +11,16 @@ Schema of pretraining.json:
     confusion: {words, counts} forward model on test rows: rows gold, columns predicted, the last one every other word
 `train` is 4,000 training rows chosen by the seed. Every number is that of the weights in the file, half precision.
 """
-import os
-import platform
-import resource
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import torch
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from data.files import write_json
+from data.machine import machine, peak_memory_gb, versions
 from data.prepare import Tokens, fresh_rows
 from report import ngram
 
@@ -89,44 +86,22 @@ def confusion(scores, words: list[str]) -> dict:
     return {"words": [words[i] for i in top] + ["(other)"], "counts": matrix.tolist()}
 
 
-def machine(device: torch.device) -> dict:
-    """What the numbers were measured on, in public terms."""
-    capabilities = torch.cpu.get_capabilities()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else capabilities.get("cpu_name", platform.machine())
-    return {"device": name, "threads": torch.get_num_threads(), "cores": os.cpu_count(), "system": platform.system(),
-            "bf16_hardware": bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))}
-
-
-def versions() -> dict:
-    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-
-
-def peak_memory_gb() -> float:
-    """Largest resident memory of this process so far; ru_maxrss counts kilobytes on Linux, bytes on macOS."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
-
-
-def describe(trainer, test) -> str:
-    """Rows, vocabulary, unknown words, parameters and precision of a run, as lines to print before it."""
-    data, config = trainer.data, trainer.config
-    everything = np.arange(len(test.tokens))
-    weights = sum(value.numel() for value in trainer.model.state_dict().values())
-    return (f"{len(data.train):,} training rows, {len(data.validation):,} validation rows, {len(everything):,} test rows\n"
-            f"vocabulary {len(data.words):,} words of min-count {config.min_count}; <unk> {data.unknown(data.train):.2%} of "
-            f"training tokens, {data.unknown(data.validation):.2%} of validation, {unknown_share(test):.2%} of test\n"
-            f"{weights:,} weights, {str(trainer.dtype).removeprefix('torch.')} on {machine(trainer.device)['device']}, "
-            f"{trainer.steps:,} steps of {trainer.targets_per_epoch / trainer.per_epoch:,.0f} targets")
+def describe(trainer, test) -> None:
+    """Prints rows, vocabulary, unknown words, weights and steps of a run that is about to begin."""
+    data, weights = trainer.data, sum(value.numel() for value in trainer.model.state_dict().values())
+    train, validation = data.unknown(data.train), data.unknown(data.validation)
+    if trainer.rank == 0:
+        print(f"{len(data.train):,} training, {len(data.validation):,} validation, {len(test.tokens):,} test rows\n"
+              f"vocabulary {len(data.words):,} words of min-count {trainer.config.min_count}; <unk> {train:.2%} of "
+              f"training, {validation:.2%} of validation, {unknown_share(test):.2%} of test tokens\n"
+              f"{weights:,} weights, {str(trainer.dtype).removeprefix('torch.')} on {machine(trainer.device)['device']}"
+              f", {trainer.steps:,} steps of {trainer.targets_per_epoch / trainer.per_epoch:,.0f} targets", flush=True)
 
 
 def unknown_share(encoded) -> float:
     """Share of <unk> among all tokens of an Encoded corpus."""
     ids = encoded.lookup[encoded.tokens.ids]
     return float((ids == 1).mean()) if len(ids) else 0.0
-
-
-def details(data, score_rows, model) -> dict:
-    """Word-prediction metrics on the validation rows, for --report-every."""
-    return summary(score_rows(model, data.encoded, data.validation, details=True))
 
 
 def measure(elmo, trainer, texts: tuple[list[str], list[str]], test, score_rows) -> tuple[dict, dict]:
@@ -175,7 +150,8 @@ def publish(elmo, trainer, texts, test, score_rows, out: Path, begin: float) -> 
 
 def table(result: dict) -> str:
     """The perplexities of a result as lines to print."""
-    lines = [f"vocabulary {result['vocabulary']:,}; <unk> " + ", ".join(f"{k} {v:.2%}" for k, v in result["unknown"].items()),
+    unknown = ", ".join(f"{name} {share:.2%}" for name, share in result["unknown"].items())
+    lines = [f"vocabulary {result['vocabulary']:,}; <unk> {unknown}",
              f"{'perplexity':<20}{'rows':>8}{'forward':>10}{'backward':>10}{'Kneser-Ney':>12}{'unigram':>10}"]
     for name, part in result["splits"].items():
         for label, p in ((name, part), (f"{name}, fresh rows", part.get("fresh"))):

@@ -1,0 +1,62 @@
+"""What a run is measured on, and which arithmetic that machine is good at."""
+import os
+import platform
+import resource
+import sys
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def fast_bf16(device: torch.device) -> bool:
+    """Whether this device multiplies bf16 matrices in hardware; emulated they take several times as long as fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    can = torch.cpu.get_capabilities()
+    return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Type of the matrix products for "auto" (bf16 where it is fast), "fp32" or "bf16"."""
+    return torch.bfloat16 if precision == "bf16" or (precision == "auto" and fast_bf16(device)) else torch.float32
+
+
+def join_processes() -> tuple[int, int]:
+    """(rank, processes): those of torchrun, whose group this process joins, or (0, 1)."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    if not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def sum_over_processes(tensors: list[torch.Tensor]) -> None:
+    """Adds up each tensor over the processes of torchrun, in place; nothing to do for one process."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(total.view_as(tensor))
+
+
+def machine(device: torch.device) -> dict:
+    """What the numbers were measured on, in public terms."""
+    cpu = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
+    return {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu, "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(), "system": platform.system(), "bf16_hardware": fast_bf16(device)}
+
+
+def versions() -> dict:
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+
+
+def peak_memory_gb() -> float:
+    """Largest resident memory of this process so far; ru_maxrss counts kilobytes on Linux, bytes on macOS."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)

@@ -1,0 +1,139 @@
+"""Long work: its progress on a terminal or in a log file, and what lets it stop and go on."""
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data.files import read_resume, stop_request, write_resume
+from data.machine import sum_over_processes
+
+
+class Progress:
+    """A bar of steps with loss, perplexity, items a second and time left, and a log line every so many steps.
+
+    Nothing is shown on other processes than the first. A log file gets a bar line a minute, a terminal ten a second.
+    """
+
+    def __init__(self, steps: int, done: int, every: int, shown: bool):
+        terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=steps, initial=done, unit="step", disable=not shown, smoothing=0.05,
+                        mininterval=0.1 if terminal else 60, dynamic_ncols=terminal)
+        self.every, self.steps, self.done, self.shown = every, steps, done, shown
+        self.start()
+
+    def start(self) -> None:
+        """Restarts the clock of the rates, after an evaluation say."""
+        self.since, self.items, self.loss, self.begin = time.perf_counter(), 0, 0.0, self.done
+
+    def step(self, loss: float, items: int, per_epoch: int) -> None:
+        """Counts a step of `items` targets whose summed loss in nats is `loss`."""
+        self.done, self.items, self.loss = self.done + 1, self.items + items, self.loss + loss
+        seconds = max(time.perf_counter() - self.since, 1e-9)
+        nats, rate = self.loss / max(1, self.items), self.items / seconds
+        self.bar.set_postfix_str(f"loss {nats:.3f}, perplexity {math.exp(min(nats, 50)):.1f}, {rate:,.0f} tokens/s",
+                                 refresh=False)
+        self.bar.update()
+        if self.done % self.every == 0:
+            left = seconds / (self.done - self.begin) * (self.steps - self.done)
+            self.write(f"step {self.done:,} of {self.steps:,}  epoch {self.done / per_epoch:.2f}  loss {nats:.3f}  "
+                       f"perplexity {math.exp(min(nats, 50)):.1f}  {rate:,.0f} tokens/s  "
+                       f"{tqdm.format_interval(left)} left")
+            self.start()
+
+    def write(self, line: str) -> None:
+        if self.shown:
+            self.bar.write(line)
+            sys.stdout.flush()
+
+
+class Run:
+    """A training run that can be stopped and resumed: its counters, clock, history, best weights and resume file.
+
+    The trainer has steps, per_epoch, config (log_every, save_every), rank, device, model, identity(), state() and
+    load_state(state). `seconds` counts steps alone, `wall` everything, both over all resumed parts. Nothing of a
+    step depends on when a state is written, so that a killed run ends with the weights of one that was not.
+    """
+    KEPT = ("step", "seconds", "wall", "loss", "items", "lowest", "best", "history")
+
+    def __init__(self, trainer, file: Path | None = None, resume: bool = False):
+        self.trainer, self.file = trainer, file
+        self.step, self.items, self.seconds, self.wall, self.loss = 0, 0, 0.0, 0.0, 0.0
+        self.lowest, self.best, self.history = math.inf, None, []
+        if resume and file and file.exists():
+            state = read_resume(file, trainer.identity())
+            trainer.load_state(state["trainer"])
+            vars(self).update(state["run"])
+        self.began = time.perf_counter() - self.wall
+        self.clock = self.saved = time.perf_counter()
+
+    def __enter__(self) -> "Run":
+        config, first = self.trainer.config, self.trainer.rank == 0
+        self.progress = Progress(self.trainer.steps, self.step, config.log_every, first)
+        self.requests = ExitStack()
+        self.request = self.requests.enter_context(stop_request())
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.requests.close()
+        self.progress.bar.close()
+
+    @property
+    def finished(self) -> bool:
+        return self.step == self.trainer.steps
+
+    def due(self, step: int) -> bool:
+        """Whether the weights before this step are to be evaluated: at the end of an epoch, once."""
+        ends = step == self.trainer.steps or step % self.trainer.per_epoch == 0
+        return ends and step > (self.history[-1]["step"] if self.history else 0)
+
+    def keep(self, evaluate: Callable[[], tuple[float, dict]]) -> None:
+        """Adds an evaluation to the history, and the weights where its first number is the lowest so far.
+
+        `evaluate` returns the number by which weights are chosen and an entry; the clock stops meanwhile.
+        """
+        self.seconds += time.perf_counter() - self.clock
+        number, entry = evaluate()
+        if number < self.lowest:
+            self.lowest = number
+            self.best = {name: value.clone() for name, value in self.trainer.model.state_dict().items()}
+        self.history.append({"step": self.step, "epoch": round(self.step / self.trainer.per_epoch, 3),
+                             "seconds": round(self.seconds, 1),
+                             "train_perplexity": math.exp(self.loss / max(1, self.items))} | entry)
+        self.loss, self.items = 0.0, 0
+        self.progress.write(json.dumps(self.history[-1]))
+        self.progress.start()
+        self.clock = time.perf_counter()
+        self.save()
+
+    def stop(self) -> bool:
+        """Whether the run ends before this step, because it is complete or was asked to; its state is saved then."""
+        if self.finished:
+            return True
+        votes = torch.tensor([float(self.request.is_set())], device=self.trainer.device)
+        sum_over_processes([votes])         # all processes stop before the same step
+        if votes:
+            self.save()
+            self.progress.write(f"stopped before step {self.step:,}; --resume goes on")
+        return bool(votes)
+
+    def count(self, loss: float, items: int) -> None:
+        """Counts a step, shows it, and saves the state where the last one is `save_every` seconds old."""
+        self.step, self.loss, self.items = self.step + 1, self.loss + loss, self.items + items
+        self.progress.step(loss, items, self.trainer.per_epoch)
+        if time.perf_counter() - self.saved > self.trainer.config.save_every:
+            self.save()
+
+    def save(self) -> None:
+        """The state to the resume file, by the first process."""
+        self.seconds += time.perf_counter() - self.clock
+        self.wall = time.perf_counter() - self.began
+        if self.file and self.trainer.rank == 0:
+            kept = {name: getattr(self, name) for name in self.KEPT}
+            write_resume(self.file, self.trainer.identity(), {"run": kept, "trainer": self.trainer.state()})
+        self.clock = self.saved = time.perf_counter()
