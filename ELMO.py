@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -556,7 +557,7 @@ def train(trainer: Trainer, resume_file: Path | None = None, resume: bool = Fals
         wanted = details and config.report_every and run.step % (config.report_every * trainer.per_epoch) == 0
         scores = score_rows(trainer.model, data.encoded, data.validation, trainer.dtype, bool(wanted))
         entry = {"validation_perplexity": scores.perplexity()} | ({"details": details(scores)} if wanted else {})
-        return float(scores.nats.sum()), entry
+        return float(np.log(scores.perplexity()).mean()), entry
 
     with Run(trainer, resume_file, resume) as run:
         for step in range(run.step, trainer.steps + 1):
@@ -691,8 +692,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--npz": {"metavar": "FILE", "help": "where --embed writes them"},
         "--float32": {"action": "store_true", "help": "--embed: full precision in the file"}})
     if options.embed or options.npz:
-        elmo = ELMo.load(options.out / "bilstm.pt", default_device())
-        return write_npz(elmo, options.embed, options.npz, config.precision, options.float32)
+        load = partial(ELMo.load, options.out / "bilstm.pt", default_device())
+        return write_npz(load, options.embed, options.npz, config.precision, options.float32)
     return pretrain(config, options.out, options.resume)
 
 

@@ -6,7 +6,7 @@ import signal
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,7 +32,8 @@ def write_atomically(path: str | Path, write: Callable) -> None:
             os.fsync(file.fileno())
         part.replace(path)
     except (OSError, RuntimeError) as error:        # torch.save reports a full disk as a RuntimeError
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise InputError(f"{path} cannot be written ({reason}); free some space or choose another --out") from None
     except BaseException:
@@ -117,16 +118,17 @@ def read_resume(path: Path, identity: dict) -> dict:
     return content["state"]
 
 
-def write_npz(elmo, source: str, target: str, precision: str, wide: bool) -> int:
+def write_npz(load: Callable, source: str | None, target: str | None, precision: str, wide: bool) -> int:
     """Writes `target`, a .npz of the lines of `source`: offsets (N + 1,), vectors (3, tokens, D); exit status 0.
 
-    float16, or float32 when `wide`; precision "fp32", or "auto" and "bf16" for bf16 where the hardware has it.
+    `load()` gives the ELMo. float16, or float32 when `wide`; precision "fp32", else bf16 where it is fast.
     Streamed: the vectors fill a memory map beside the target, which is then packed, so that memory stays flat.
     """
     if not source or not target:
         raise InputError("--embed and --npz go together: --embed texts.txt --npz vectors.npz")
     lines = read_text(source).split("\n")
     lines = [line.removesuffix("\r") for line in (lines[:-1] if lines[-1] == "" else lines)]
+    elmo = load()
     offsets = elmo.encode(lines).tokens.offsets
     shape = (3, int(offsets[-1]), 2 * elmo.config.output)
     parent = Path(target).absolute().parent

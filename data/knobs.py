@@ -69,6 +69,8 @@ def script_arguments(argv: Sequence[str] | None, config_class: type, name: str, 
     add_knobs(parser, config_class)
     given = vars(parser.parse_args(argv))
     other = argparse.Namespace(**{key: given.pop(key) for key in others})
+    if other.out.exists() and not other.out.is_dir():
+        raise InputError(f"--out {other.out} is a file; name a folder")
     from_file = read_toml(other.config, {f.name for f in fields(config_class)}) if other.config else {}
     return config_class(**(from_file | given)), other
 

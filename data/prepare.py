@@ -94,37 +94,41 @@ def read_csv(path: str | Path) -> pd.DataFrame:
     path, text = Path(path), read_text(path)
     if not text.strip():
         raise InputError(f"{path}: the file is empty; expected rows of class, title, description")
-    if "\0" in text:
-        raise InputError(f"{path}, line {text[:text.index(chr(0))].count(chr(10)) + 1}: holds a NUL character; "
-                         "it is not the text of a CSV file")
-    first = next(csv.reader([text.lstrip().splitlines()[0]]), [])
-    headers = {3: ["Class Index", "Title", "Description"], 2: ["Class Index", "Description"]}
-    header = bool(first) and not first[0].strip().lstrip("+-").isdigit()
-    if header and [name.strip() for name in first] != headers.get(len(first)):
+    rows = read_rows(text, path)
+    first, headers = [name.strip() for name in rows[0]], (["Class Index", *COLUMNS[1:]], ["Class Index", COLUMNS[2]])
+    header = not first[0].lstrip("+-").isdigit()
+    if header and [name.lower() for name in first] not in [[name.lower() for name in names] for names in headers]:
         raise InputError(f"{path}: the header is {','.join(first)[:80]!r}; expected 'Class Index,Title,Description', "
                          "'Class Index,Description', or no header and three columns")
     if not header and len(first) != 3:
         raise InputError(f"{path}, row 1: has {len(first)} columns; expected class, title, description")
-    names = COLUMNS if len(first) == 3 else ["class", "description"]
-    try:
-        table = pd.read_csv(io.StringIO(text), header=None, names=names, skiprows=int(header), dtype=str,
-                            keep_default_na=False, na_values=[], index_col=False, skip_blank_lines=True,
-                            on_bad_lines="error")
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError) as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise InputError(f"{path}: {reason}; expected {len(names)} columns a row") from None
+    for number, row in enumerate(rows[header:], start=1):
+        if len(row) != len(first):
+            raise InputError(f"{path}, row {number}: has {len(row)} columns; expected {len(first)}")
+    table = pd.DataFrame(rows[header:], columns=COLUMNS if len(first) == 3 else ["class", "description"])
     return checked(table, path).reindex(columns=COLUMNS, fill_value="")
 
 
+def read_rows(text: str, path: Path) -> list[list[str]]:
+    """The fields of every row that is not blank, by Python's reader: pandas would fill up rows that are too short."""
+    if "\0" in text:
+        line = text[:text.index("\0")].count("\n") + 1
+        raise InputError(f"{path}, line {line}: holds a NUL character; it is not the text of a CSV file")
+    csv.field_size_limit(2**27)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        return [row for row in reader if row and (len(row) > 1 or row[0].strip())]
+    except csv.Error as error:
+        raise InputError(f"{path}, line {reader.line_num}: {error}; check the quotes there") from None
+
+
 def checked(table: pd.DataFrame, path: Path) -> pd.DataFrame:
-    """The same rows with integer classes; InputError for the first row without class 1-4 or without its columns."""
+    """The same rows with integer classes; InputError for the first row without class 1-4."""
     if table.empty:
         raise InputError(f"{path}: a header and no row below it; expected rows of class, title, description")
     number = pd.to_numeric(table["class"], errors="coerce")
     for row in np.flatnonzero(~number.isin([1, 2, 3, 4]))[:1]:
         raise InputError(f"{path}, row {row + 1}: class is {str(table['class'][row])[:40]!r}; expected 1, 2, 3 or 4")
-    for row in np.flatnonzero(table.isna().any(axis=1))[:1]:
-        raise InputError(f"{path}, row {row + 1}: has too few columns; expected {len(table.columns)}")
     if not table["description"].str.strip().any():
         raise InputError(f"{path}: every description is empty; expected a text in the last column")
     return table.assign(**{"class": number.astype("int64")})

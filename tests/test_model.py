@@ -262,8 +262,8 @@ def test_unseen_words_have_their_own_vectors_by_characters_and_share_one_otherwi
         assert torch.equal(a, b) == (kind == "embedding")
 
 
-@pytest.mark.parametrize("text, tokens", [("", 0), ("   ", 0), ("Zürich 東京 🎉 \u200b e\u0301", None), ("\ud800", None),
-                                          ("word " * 10_000, 10_000)])
+@pytest.mark.parametrize("text, tokens", [
+    ("", 0), ("   ", 0), ("Zürich 東京 \U0001f389 \u200b e\u0301", None), ("\ud800", None), ("word " * 10_000, 10_000)])
 def test_odd_texts_have_one_vector_a_token(elmo, text, tokens):
     vectors = elmo.embed([text])[0]
     expected = len(elmo.tokenize(text)) if tokens is None else tokens

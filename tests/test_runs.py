@@ -247,8 +247,8 @@ def test_a_wrong_csv_file_is_named_in_one_sentence(builtin, monkeypatch, capsys,
     (["--hidden", "x"], "--hidden"), (["--hidden", "0"], "hidden is 0"), (["--lr", "nan"], "lr is nan"),
     (["--representation", "bert"], "invalid choice"), (["--colour"], "--colour"), (["--epochs", "-1"], "epochs is -1"),
     (["--config", "missing.toml"], "missing.toml"), (["--embed", "missing.txt"], "go together"),
-    (["--npz", "a.npz"], "missing"), (["--embed", "missing.txt", "--npz", "a.npz"], "bilstm.pt is missing"),
-    (["extra"], "unrecognized")])
+    (["--npz", "a.npz"], "go together"), (["--embed", "missing.txt", "--npz", "a.npz"], "missing.txt cannot be read"),
+    (["--embed", __file__, "--npz", "a.npz"], "bilstm.pt is missing"), (["extra"], "unrecognized")])
 def test_a_wrong_option_is_named_in_one_sentence(builtin, capsys, tmp_path, argv, message):
     assert message in refused(capsys, [*SMALL, *argv], tmp_path / "out")
 
@@ -268,11 +268,12 @@ def test_the_command_line_wins_over_the_toml_file(tmp_path):
     assert (config.hidden, config.dropout, config.skip, config.width) == (9, 0.0, False, 384) and not options.resume
 
 
-def test_a_resume_state_of_other_knobs_or_of_other_rows_or_damaged_is_refused(builtin, capsys, tmp_path, monkeypatch):
+def test_a_resume_state_of_other_knobs_or_of_other_rows_or_damaged_is_refused(builtin, capsys, tmp_path):
     trainer = ELMO.Trainer(tiny(), ELMO.Data.of(SENTENCES, tiny(), np.arange(4), np.arange(0)), torch.device("cpu"))
     out = tmp_path / "out"
     out.mkdir()
     ELMO.train(trainer, out / "bilstm.resume.pt")
+    capsys.readouterr()
     assert "was made with" in refused(capsys, [*SMALL, "--resume"], out)
     content = (out / "bilstm.resume.pt").read_bytes()
     (out / "bilstm.resume.pt").write_bytes(content[:len(content) // 2])
