@@ -38,8 +38,9 @@ train: setup    ## the published run: AG News to models/bilstm.pt
 bench: setup    ## speed on this machine, to models/bench.json
 	$(PY) report/bench.py
 
-report: setup   ## figures from the committed JSON
+report: setup   ## figures and README tables from the committed JSON
 	$(PY) report/figures.py
+	$(PY) report/readme.py
 
 clean:          ## everything that a command can make again
 	rm -rf build data/cache .pytest_cache .ruff_cache

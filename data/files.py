@@ -122,7 +122,7 @@ def write_npz(load: Callable, source: str | None, target: str | None, precision:
     """Writes `target`, a .npz of the lines of `source`: offsets (N + 1,), vectors (3, tokens, D); exit status 0.
 
     `load()` gives the ELMo. float16, or float32 when `wide`; precision "fp32", else bf16 where it is fast.
-    Streamed: the vectors fill a memory map beside the target, which is then packed, so that memory stays flat.
+    Streamed: the vectors are written beside the target as they come, and packed at the end, so that memory stays flat.
     """
     if not source or not target:
         raise InputError("--embed and --npz go together: --embed texts.txt --npz vectors.npz")
@@ -134,13 +134,17 @@ def write_npz(load: Callable, source: str | None, target: str | None, precision:
     parent = Path(target).absolute().parent
     if not parent.is_dir():
         raise InputError(f"{target} cannot be written: the folder {parent} is missing")
+    dtype = np.dtype(np.float32 if wide else np.float16)
     with TemporaryDirectory(dir=parent, prefix=".embed") as folder:
-        vectors = np.lib.format.open_memmap(f"{folder}/vectors.npy", mode="w+", shape=shape,
-                                            dtype=np.float32 if wide else np.float16)
-        texts = tqdm(elmo.embed_stream(lines, "fp32" if precision == "fp32" else "bf16"), total=len(lines), unit="text")
-        for start, layers in zip(offsets[:-1], texts, strict=True):
-            vectors[:, start:start + layers.shape[1]] = layers.numpy()
-        vectors.flush()
+        with open(f"{folder}/vectors.npy", "wb") as file:
+            header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_2_0(file, header)
+            begin, width = file.tell(), shape[2] * dtype.itemsize
+            texts = elmo.embed_stream(lines, "fp32" if precision == "fp32" else "bf16")
+            for start, layers in zip(offsets[:-1], tqdm(texts, total=len(lines), unit="text"), strict=True):
+                for j, layer in enumerate(layers.numpy().astype(dtype)):
+                    file.seek(begin + (j * shape[1] + int(start)) * width)
+                    file.write(layer.tobytes())
         np.save(f"{folder}/offsets.npy", offsets)
         def pack(file) -> None:
             with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:

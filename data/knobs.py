@@ -76,7 +76,7 @@ def script_arguments(argv: Sequence[str] | None, config_class: type, name: str, 
 
 
 def script(name: str) -> Callable:
-    """Decorates a main(argv) -> exit status: an InputError becomes one sentence and status 2, Ctrl-C status 130."""
+    """Decorates a main(argv) -> exit status: a wrong input becomes one sentence and status 2, Ctrl-C 130."""
     def decorate(main: Callable[..., int]) -> Callable[..., int]:
         @wraps(main)
         def run(argv: Sequence[str] | None = None) -> int:
@@ -84,6 +84,9 @@ def script(name: str) -> Callable:
                 return main(argv)
             except InputError as error:
                 print(f"{name}: {error}", file=sys.stderr)
+                return 2
+            except OSError as error:        # a full disk, a folder that may not be read or written
+                print(f"{name}: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
                 return 2
             except KeyboardInterrupt:
                 return 130

@@ -1,4 +1,5 @@
 """What a run is measured on, and which arithmetic that machine is good at."""
+import atexit
 import os
 import platform
 import resource
@@ -34,6 +35,7 @@ def join_processes() -> tuple[int, int]:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        atexit.register(dist.destroy_process_group)
     return dist.get_rank(), dist.get_world_size()
 
 

@@ -232,30 +232,36 @@ def tokenize_corpus(texts: Sequence[str], tokenize: Callable, version: str, cach
     """Tokens of the texts, from the cache when the same texts were tokenized by the same `version` before.
 
     The key is a hash of every text and of `version`, which names the tokenizer and its settings. `cache=None` keeps
-    everything in memory and leaves nothing behind.
+    everything in memory and leaves nothing behind; so does a cache that cannot be written.
     """
-    if cache is None:
-        buffer = io.BytesIO()
-        types, offsets = stream_tokens(texts, tokenize, buffer)
-        return Tokens(types, np.frombuffer(buffer.getvalue(), dtype=np.int32), offsets)
-    key = hashlib.sha256(version.encode())
-    for text in texts:
-        key.update(f"{len(text)}:{text}".encode("utf-8", "surrogatepass"))
-    folder = Path(cache) / key.hexdigest()[:24]
-    if not (folder / "types.json").is_file():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".part"))
-        try:
-            with open(part / "ids.int32", "wb") as file:
-                types, offsets = stream_tokens(texts, tokenize, file)
-            np.save(part / "offsets.npy", offsets)
-            (part / "types.json").write_text(json.dumps(types), encoding="utf-8")
-            part.chmod(0o755)
-            with suppress(OSError):         # another process was first: its folder holds the same
-                part.replace(folder)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-    return open_tokens(folder)
+    if cache is not None:
+        key = hashlib.sha256(version.encode())
+        for text in texts:
+            key.update(f"{len(text)}:{text}".encode("utf-8", "surrogatepass"))
+        folder = Path(cache) / key.hexdigest()[:24]
+        with suppress(OSError):
+            if not folder.exists():
+                fill_cache(folder, texts, tokenize)
+        if folder.exists():
+            return open_tokens(folder)
+    buffer = io.BytesIO()
+    types, offsets = stream_tokens(texts, tokenize, buffer)
+    return Tokens(types, np.frombuffer(buffer.getvalue(), dtype=np.int32), offsets)
+
+
+def fill_cache(folder: Path, texts: Sequence[str], tokenize: Callable) -> None:
+    """Writes a token cache beside its name and gives it that name when it is whole."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".part"))
+    try:
+        with open(part / "ids.int32", "wb") as file:
+            types, offsets = stream_tokens(texts, tokenize, file)
+        np.save(part / "offsets.npy", offsets)
+        (part / "types.json").write_text(json.dumps(types), encoding="utf-8")
+        part.chmod(0o755)
+        part.replace(folder)        # fails where another process was first: its folder holds the same
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def open_tokens(folder: Path) -> Tokens:

@@ -65,6 +65,8 @@ class Run:
         self.trainer, self.file = trainer, file
         self.step, self.items, self.seconds, self.wall, self.loss = 0, 0, 0.0, 0.0, 0.0
         self.lowest, self.best, self.history = math.inf, None, []
+        if file:
+            file.parent.mkdir(parents=True, exist_ok=True)
         if resume and file and file.exists():
             state = read_resume(file, trainer.identity())
             trainer.load_state(state["trainer"])

@@ -1,10 +1,19 @@
-"""Figures of both scripts from their JSON: legible at print size, colour-blind safe, titled by what they show."""
+"""Figures of both scripts from their JSON: legible at print size, colour-blind safe, titled by what they show.
+
+`python report/figures.py [DIR]` draws those of DIR (default models/) again from the JSON there.
+"""
 import io
+import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from data.files import write_atomically
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # run as `python report/figures.py`
+
+from data.files import InputError, read_text, write_atomically
+from data.knobs import script
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"      # Okabe and Ito 2008
 
@@ -77,3 +86,20 @@ def words_confused(result: dict):
                    fontsize=10)
     figure.colorbar(image, ax=axes, shrink=0.7, label="percent of the gold word's occurrences")
     return figure
+
+
+@script("figures.py")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 0, 2 where the JSON is missing or is not what ELMO.py writes."""
+    argv = sys.argv[1:] if argv is None else argv
+    folder = Path(argv[0]) if argv else Path(__file__).resolve().parent.parent / "models"
+    try:
+        pretraining(json.loads(read_text(folder / "pretraining.json")), folder)
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise InputError(f"{folder / 'pretraining.json'} is not what ELMO.py writes ({error}); run it again") from None
+    print(f"drew the figures of {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -17,6 +17,7 @@ import ELMO
 from data import sample
 from data.files import InputError, read_published, write_published
 from data.prepare import read_csv
+from report import figures, readme
 
 SMALL = ["--hidden", "12", "--validation", "60", "--epochs", "3", "--batch-tokens", "300", "--negatives", "50",
          "--lr", "0.01", "--table-lr", "0.01", "--min-count", "2", "--log-every", "20", "--save-every", "0"]
@@ -291,6 +292,21 @@ def test_the_folder_named_by_out_may_not_be_a_file(builtin, capsys, tmp_path):
     (tmp_path / "out").write_text("a file")
     assert ELMO.main(["--out", str(tmp_path / "out"), *SMALL]) == 2
     assert (tmp_path / "out").read_text() == "a file" and capsys.readouterr().err.count("ELMO.py:") == 1
+
+
+def test_the_numbers_of_the_readme_are_those_of_the_json():
+    text = (ROOT / "README.md").read_text()
+    assert readme.filled(text, ROOT / "models") == text
+
+
+def test_figures_and_tables_are_drawn_from_the_json_alone(whole, tmp_path):
+    shutil.copy(whole[0] / "pretraining.json", tmp_path)
+    assert figures.main([str(tmp_path)]) == 0
+    assert {"curves_pretraining.png", "confusion_words.png"} < set(os.listdir(tmp_path))
+    text = readme.filled("a <!-- pretraining.json -->old<!-- end --> b", tmp_path)
+    perplexity = json.loads((tmp_path / "pretraining.json").read_text())["splits"]["test"]["forward"]["perplexity"]
+    assert f"{perplexity:.1f}" in text and "old" not in text and text.endswith("<!-- end --> b")
+    assert figures.main([str(tmp_path / "missing")]) == 2
 
 
 def test_a_notebook_opens_the_committed_model_with_torch_alone_and_it_scores_real_rows(ag_news):

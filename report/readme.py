@@ -1,0 +1,85 @@
+"""The README's tables of numbers, written from models/*.json between their markers, so that none is typed by hand.
+
+`python report/readme.py` rewrites README.md; a test holds it to the JSON.
+"""
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # run as `python report/readme.py`
+
+from data.files import read_text, write_atomically
+from data.knobs import script
+
+ROOT = Path(__file__).resolve().parent.parent
+DIRECTIONS = ("forward", "backward")
+
+
+def pretraining(r: dict) -> str:
+    """Perplexities of the published biLM beside the counting models, then how it was made."""
+    lines = ["| perplexity on | rows | forward | backward | Kneser-Ney, forward | backward | unigram |",
+             "|---|--:|--:|--:|--:|--:|--:|"]
+    for name, part in r["splits"].items():
+        for label, p in ((f"{name}, all", part), (f"{name}, fresh", part.get("fresh"))):
+            if p:
+                numbers = [p[d][key] for key in ("perplexity", "kneser_ney_perplexity") for d in DIRECTIONS]
+                cells = [label, f"{p['rows']:,}", *(f"{n:.1f}" for n in numbers), f"{p['unigram_perplexity']:.0f}"]
+                lines.append(f"| {' | '.join(cells)} |")
+    unknown, test = r["unknown"], r["splits"]["test"]["forward"]
+    return "\n".join(lines) + f"""
+
+Vocabulary {r['vocabulary']:,} words (min-count {r['config']['min_count']}, lower-cased); `<unk>` is
+{unknown['train']:.2%} of training, {unknown['validation']:.2%} of validation and {unknown['test']:.2%} of test tokens;
+end symbols count, the softmax is the full one. On all test rows the forward model names the next word right
+{test['accuracy']:.1%} of the time, and has it among its first five {test['top5_accuracy']:.1%}.
+
+Made by `{r['command']}` with the default knobs in {r['minutes']:.0f} minutes, evaluation and figures included, on
+{r['machine']['cores']} cores ({r['machine']['device']}, {r['precision']}), {r['tokens_per_second']:,.0f} targets a
+second, {r['peak_memory_gb']:.1f} GB of memory; {r['parameters'] / 1e6:.1f} million weights in {r['file_mb']:.1f} MB."""
+
+
+def bench(r: dict) -> str:
+    """Speeds and ratios of one run of report/bench.py."""
+    rows = [
+        ("targets a second, training", f"{r['tokens_per_second']:,.0f}"),
+        ("times the common loop, padded to the corpus's longest row", f"{r['times_common_loop']:.1f}"),
+        ("times the common loop, padded per batch", f"{r['times_common_loop_batch_padded']:.1f}"),
+        (f"share of the machine's own {r['peak']['precision']} matrix peak ({r['peak']['gflops']:,.0f} GFLOP/s)",
+         f"{r['share_of_peak']:.0%}"),
+        (f"step time with {r['vocabulary']['grown']:,} words over {r['vocabulary']['words']:,}",
+         f"{r['step_time_800k_over_28k']:.2f}"),
+        ("descriptions embedded a second, fp32", f"{r['embed_fp32_per_second']:,.0f}"),
+        ("rows tokenized a second", f"{r['tokenize_rows_per_second']:,.0f}")]
+    bf16 = "with" if r["machine"]["bf16_hardware"] else "without"
+    lines = ["| what | median of three |", "|---|--:|", *(f"| {what} | {value} |" for what, value in rows), "",
+             f"Made by `{r['command']}` on {r['machine']['cores']} cores ({r['machine']['device']}, {bf16} bf16 "
+             "hardware)."]
+    return "\n".join(lines)
+
+
+BLOCKS: dict[str, Callable[[dict], str]] = {"pretraining": pretraining, "bench": bench}
+
+
+def filled(readme: str, folder: Path) -> str:
+    """The README with every block whose JSON is in `folder` written anew."""
+    for name, write in BLOCKS.items():
+        path = folder / f"{name}.json"
+        if path.exists():
+            block = f"<!-- {path.name} -->\n{write(json.loads(read_text(path)))}\n<!-- end -->"
+            old = re.compile(f"<!-- {re.escape(path.name)} -->.*?<!-- end -->", re.DOTALL)
+            readme = old.sub(lambda _, block=block: block, readme)
+    return readme
+
+
+@script("readme.py")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 0."""
+    text = filled(read_text(ROOT / "README.md"), ROOT / "models")
+    write_atomically(ROOT / "README.md", lambda file: file.write(text.encode()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
