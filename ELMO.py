@@ -14,7 +14,6 @@ layer's output, H cells of an LSTM, E sampled words of a step, D = 2 P what a us
     python ELMO.py --embed FILE --npz FILE          one text a line -> its three layers' vectors
     torchrun --nproc_per_node=2 ELMO.py             the same run, each batch shared by two processes
 """
-import hashlib
 import math
 import sys
 import time
@@ -26,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.files import InputError, read_published, write_npz, write_published
@@ -61,11 +61,11 @@ class Config:
     batch_tokens: int = knob(2000, "positions (rows x T) of a batch", least=1)
     negatives: int = knob(2048, "sampled words of the training softmax; at V and above it is the full one", least=1)
     sampling_power: float = knob(0.75, "words are sampled by count to this power", most=4)
-    lr: float = knob(5e-3, "highest learning rate of the LSTMs (AdamW)", most=10)
+    lr: float = knob(5e-3, "highest learning rate of the LSTMs and the character network (AdamW)", most=10)
     table_lr: float = knob(1e-2, "highest learning rate of the tied table (row-wise lazy Adam)", most=10)
     warmup: float = knob(0.03, "share of the steps in which the rate rises; then it falls as a cosine", most=1)
     beta2: float = knob(0.99, "Adam's decay of the squared gradient", most=0.99999)
-    weight_decay: float = knob(0.0, "AdamW's, LSTMs only", most=10)
+    weight_decay: float = knob(0.0, "AdamW's, of the LSTMs and the character network", most=10)
     clip: float = knob(0.5, "largest gradient norm, over the LSTMs and the touched rows together", least=1e-9)
     precision: str = knob("auto", "of matrix products; auto: bf16 where it is fast", ("auto", "fp32", "bf16"))
     seed: int = knob(0, "of rows, weights, batches, dropout and negatives", most=2**31)
@@ -183,11 +183,10 @@ class LSTM(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dh: Tensor):
         x, w_x, w_h, w_p, gates, c, tanh_c, cell_out, h = ctx.saved_tensors
-        _, T, B, P = x.shape
         dgates = torch.empty_like(gates)
         dprojected = None if w_p is None else torch.empty_like(h)           # all T steps' gradient of h, for W_p's
         dc = dnext = None
-        for t in reversed(range(T)):
+        for t in reversed(range(x.shape[1])):
             dout = dh[:, t] if dnext is None else dh[:, t] + dnext          # (2, B, P)
             if w_p is not None:
                 dprojected[:, t] = dout
@@ -211,12 +210,10 @@ class LSTM(torch.autograd.Function):
                 dgates[:, t] = step
             if t:
                 dnext = torch.bmm(dgates[:, t], w_h)                        # (2, B, P)
-        flat = dgates.view(2, T * B, -1)
-        dw_x = torch.bmm(flat.transpose(1, 2), x.reshape(2, T * B, P))
-        dw_h = torch.bmm(dgates[:, 1:].reshape(2, (T - 1) * B, -1).transpose(1, 2),
-                         h[:, :-1].reshape(2, (T - 1) * B, P))
-        dw_p = None if w_p is None else torch.bmm(dprojected.view(2, T * B, P).transpose(1, 2),
-                                                  cell_out.view(2, T * B, -1))
+        flat = dgates.flatten(1, 2)                                         # (2, T B, 4H)
+        dw_x = torch.bmm(flat.transpose(1, 2), x.flatten(1, 2))
+        dw_h = torch.bmm(dgates[:, 1:].flatten(1, 2).transpose(1, 2), h[:, :-1].flatten(1, 2))
+        dw_p = None if w_p is None else torch.bmm(dprojected.flatten(1, 2).transpose(1, 2), cell_out.flatten(1, 2))
         return torch.bmm(flat, w_x).view_as(x), dw_x, dw_h, flat.sum(dim=1), dw_p
 
 
@@ -267,8 +264,9 @@ class BiLM(nn.Module):
         """(..., P) token representations of the ids x: of `rows`, the step's part of the table, where given."""
         if self.config.representation == "char":
             types, where = torch.unique(x, return_inverse=True)
-            return self.characters(chars[types.to(chars.device)].to(x.device))[where]
-        return (self.static if not self.config.tied else self.table if rows is None else rows)[x]
+            return F.embedding(where, self.characters(chars[types.to(chars.device)].to(x.device)))
+        table = self.static if not self.config.tied else self.table if rows is None else rows
+        return F.embedding(x, table)        # unlike table[x], its gradient is summed in the same order every time
 
     def states(self, x: Tensor, dtype: torch.dtype = torch.float32, masks: Sequence = (None,) * 3) -> list[Tensor]:
         """[h_0, h_1, h_2], each (2, T, B, P): representations x in, every layer's states out."""
@@ -324,7 +322,7 @@ class SampledSoftmax(torch.autograd.Function):
     was sampled too (accidental hit) is left out of the sum, since it stands there already. Gradients are made where the
     logits lie, block by block, so that no second array of their size exists.
     """
-    BLOCK = 1024        # targets: 1024 x 2048 logits in fp32 are 8 MB, about what a core's share of the cache holds
+    LOGITS = 2**21      # of a block: 8 MB in fp32, about what a core's share of the cache holds
 
     @staticmethod
     def forward(ctx, h, rows, bias, target, sampled, log_pi):
@@ -337,7 +335,7 @@ class SampledSoftmax(torch.autograd.Function):
         dh, dgold = torch.empty_like(h), h.new_empty(len(h), dtype=torch.float32)
         dweight, doffset = torch.zeros_like(weight, dtype=torch.float32), torch.zeros_like(offset)
         total = torch.zeros((), dtype=torch.float64, device=h.device)
-        size = SampledSoftmax.BLOCK
+        size = max(16, SampledSoftmax.LOGITS // max(1, len(sampled)))
         for a in range(0, len(h), size):
             block, gold = h[a:a + size], target[a:a + size]
             gold_rows = rows[gold]                          # (n, P)
@@ -447,12 +445,13 @@ class Trainer:
     """The model, its optimizers and one training step; every random number of a step comes from (seed, step)."""
 
     def __init__(self, config: Config, data: Data, device: torch.device):
-        torch.manual_seed(config.seed)
         self.config, self.data, self.device = config, data, device
         self.rank, self.world = join_processes()
         self.dtype = compute_dtype(config.precision, device)
         counts = data.counts()
-        self.model = BiLM(config, len(data.words))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.model = BiLM(config, len(data.words))
         self.model.table_bias[:, 0] = torch.from_numpy(np.log(np.maximum(counts, 0.5) / counts.sum()))
         if config.representation == "word2vec":
             self.model.start_from(word2vec(data, config.output, config.word2vec_epochs, config.seed))
@@ -476,9 +475,9 @@ class Trainer:
         self.negatives.shuffle(epoch)
 
     def rate(self, step: int) -> float:
-        """Share of the highest learning rate: linear warm-up, then a cosine to 1 %."""
-        rise = self.config.warmup * self.steps
-        return (step + 1) / rise if step + 1 < rise else 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        """Share of the highest learning rate: a cosine to 1 %, at first held down by a linear warm-up."""
+        rise = max(1.0, self.config.warmup * self.steps)
+        return min((step + 1) / rise, 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / self.steps)))
 
     def masks(self, T: int, B: int, generator: torch.Generator) -> list[Tensor | None]:
         """Dropout of x, h_1, h_2, each (2, 1, B, P) and the same at every t; word dropout (2, T, B, 1) joins x's."""
@@ -515,7 +514,7 @@ class Trainer:
         sum_over_processes([nats])
         norm = float(nn.utils.clip_grad_norm_(moved, self.config.clip))
         if not math.isfinite(norm + float(nats)):
-            raise InputError(f"the loss is not finite at step {step}; --resume from the last state, or a lower --lr")
+            raise InputError(f"the loss is not finite at step {step}; start anew with a lower --lr and --table-lr")
         self.adamw.param_groups[0]["lr"] = self.config.lr * self.rate(step)
         self.adamw.step()
         self.adamw.zero_grad()
@@ -524,11 +523,9 @@ class Trainer:
         return float(nats), targets
 
     def identity(self) -> dict:
-        """What a resumed run must share with the run that it continues: knobs, training rows and vocabulary."""
-        found = hashlib.sha256("\n".join(self.data.words.words).encode("utf-8", "surrogatepass"))
-        found.update(self.data.counts().tobytes() + self.lengths.tobytes())
-        knobs = asdict(self.config) | {"report_every": 0, "log_every": 0, "save_every": 0}  # of these no weight depends
-        return knobs | {"training rows": found.hexdigest()}
+        """What a resumed run must share with the run that it continues."""
+        knobs = asdict(self.config) | {"report_every": 0, "log_every": 0, "save_every": 0}  # no weight depends on these
+        return knobs | {"training rows": self.data.digest}
 
     def state(self) -> dict:
         """All that the next step depends on, beside the identity."""
@@ -589,9 +586,10 @@ class ELMo:
             config, words = Config(**content["config"]), Vocabulary(content["words"])
             if words.words[:len(SPECIAL)] != SPECIAL or len(words) != len(content["weights"]["table"]):
                 raise ValueError("the vocabulary does not fit the weights")
-            model = BiLM(config, len(words))
-            model.load_state_dict({name: value.float() for name, value in content["weights"].items()})
-        except (TypeError, ValueError, KeyError, RuntimeError) as error:
+            with torch.device("meta"):      # no memory is taken for shapes that a file only claims to have
+                model = BiLM(config, len(words))
+            model.load_state_dict({name: value.float() for name, value in content["weights"].items()}, assign=True)
+        except (TypeError, ValueError, KeyError, RuntimeError, AttributeError) as error:
             raise InputError(f"{path} does not fit together: {str(error).splitlines()[0]}") from None
         return cls(config, words, model.to(device), content["history"], content["metrics"], content["digest"])
 
@@ -637,18 +635,20 @@ class ELMo:
 
         precision: "fp32"; "bf16" is faster where the hardware multiplies it, and is computed in fp32 elsewhere.
         """
-        if precision not in ("fp32", "bf16"):
-            raise InputError(f"precision is {precision!r}; expected fp32 or bf16")
-        device, texts = self.model.table.device, iter(texts)
-        dtype = torch.bfloat16 if precision == "bf16" and fast_bf16(device) else torch.float32
+        if precision not in ("fp32", "bf16") or isinstance(texts, str):
+            raise InputError(f"precision {precision!r} of {type(texts).__name__}; expected fp32 or bf16 of a list")
+        fast = precision == "bf16" and fast_bf16(self.model.table.device)
+        return self._stream(iter(texts), torch.bfloat16 if fast else torch.float32, window)
+
+    def _stream(self, texts: Iterator[str], dtype: torch.dtype, window: int) -> Iterator[Tensor]:
         while chunk := list(islice(texts, window)):
-            encoded, out = self.encode(chunk), [None] * len(chunk)
-            lengths = np.diff(encoded.tokens.offsets)
+            encoded = self.encode(chunk)
+            out, lengths = [None] * len(chunk), np.diff(encoded.tokens.offsets)
             for rows in batches(lengths, 8000):
                 x, _ = collate(encoded, rows)
                 with torch.inference_mode():
-                    h = self.model.states(self.model.represent(x.to(device), chars=encoded.chars), dtype)
-                    h = torch.stack(h).permute(1, 3, 0, 2, 4).float().cpu()             # (2, B, 3, T, P)
+                    x = self.model.represent(x.to(self.model.table.device), chars=encoded.chars)
+                    h = torch.stack(self.model.states(x, dtype)).permute(1, 3, 0, 2, 4).float().cpu()  # (2, B, 3, T, P)
                 for b, (row, n) in enumerate(zip(rows, lengths[rows], strict=True)):
                     out[row] = torch.cat([h[0, b, :, 1:n + 1], h[1, b, :, 1:n + 1].flip(1)], dim=-1)    # (3, n, D)
             yield from out
@@ -675,9 +675,8 @@ def pretrain(config: Config, out: Path, resume: bool) -> int:
     setup = time.perf_counter() - begin
     run = train(trainer, out / "bilstm.resume.pt", resume, pretraining.summary)
     elmo = ELMo.rounded(trainer, run.best, run.history)
-    begin = time.perf_counter() - setup - run.wall          # the wall clock of all the run's parts
     if trainer.rank == 0 and run.finished:
-        pretraining.publish(elmo, trainer, (texts, test_texts), test, score_rows, out, begin)
+        pretraining.publish(elmo, trainer, (texts, test_texts), test, score_rows, out, setup + run.wall)
         run.file.unlink(missing_ok=True)
     elif trainer.rank == 0 and run.best:
         elmo.save(out / "bilstm.pt")
@@ -691,10 +690,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--embed": {"metavar": "FILE", "help": "write the vectors of this file's lines instead of training"},
         "--npz": {"metavar": "FILE", "help": "where --embed writes them"},
         "--float32": {"action": "store_true", "help": "--embed: full precision in the file"}})
-    if options.embed or options.npz:
-        load = partial(ELMo.load, options.out / "bilstm.pt", default_device())
-        return write_npz(load, options.embed, options.npz, config.precision, options.float32)
-    return pretrain(config, options.out, options.resume)
+    if options.embed is None and options.npz is None:
+        return pretrain(config, options.out, options.resume)
+    load = partial(ELMo.load, options.out / "bilstm.pt", default_device())
+    return write_npz(load, options.embed, options.npz, config.precision, options.float32)
 
 
 if __name__ == "__main__":

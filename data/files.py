@@ -1,5 +1,6 @@
 """Files that are whole or absent, and checkpoints that run no code: what both scripts write and read."""
 import hashlib
+import io
 import json
 import os
 import signal
@@ -58,6 +59,8 @@ def read_checkpoint(path: str | Path, keys: set[str]) -> dict:
         content = torch.load(path, weights_only=True, map_location="cpu")
     except FileNotFoundError:
         raise InputError(f"{path} is missing; run `python ELMO.py` first, or name another file") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from None
     except Exception as error:      # torch raises half a dozen kinds for damaged files, and one for unsafe pickles
         unsafe = "Weights only load failed" in str(error)
         reason = "it is damaged, or holds more than tensors and plain types" if unsafe else "it is damaged"
@@ -82,9 +85,9 @@ def read_published(path: str | Path, form: str, keys: set[str]) -> dict:
     content = read_checkpoint(path, {"format", "weights", "digest"} | keys)
     try:
         found = digest(content)
-    except (TypeError, ValueError, AttributeError):
+    except Exception:       # weights that are no dense tensors, words that are no text: whatever it is, not our file
         found = None
-    if found != content["digest"]:
+    if found is None or found != content["digest"]:
         raise InputError(f"{path} is damaged: its contents do not match its digest; restore it or train again")
     if content["format"] != form:
         raise InputError(f"{path} is of format {content['format']!r}; expected {form!r}")
@@ -100,47 +103,60 @@ def write_published(path: str | Path, content: dict) -> str:
 
 def write_json(path: Path, content: dict) -> None:
     """`content` as indented UTF-8 JSON, whole or not at all."""
-    write_atomically(path, lambda file: file.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()))
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode("utf-8", "surrogateescape")))
 
 
 def write_resume(path: Path, identity: dict, state: dict) -> None:
-    """The state of a run that stopped, with what a run must be to go on from it."""
-    write_atomically(path, partial(torch.save, {"identity": identity, "state": state}))
+    """The state of a run that stopped, with what a run must be to go on from it and a digest of it."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    found = hashlib.sha256(buffer.getbuffer()).hexdigest()
+    state = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
+    write_atomically(path, partial(torch.save, {"identity": identity, "digest": found, "state": state}))
 
 
 def read_resume(path: Path, identity: dict) -> dict:
     """The state; InputError names the first thing in which the run that made it differs from this one."""
-    content = read_checkpoint(path, {"identity", "state"})
+    content = read_checkpoint(path, {"identity", "digest", "state"})
+    try:
+        state = content["state"].numpy()
+        if not isinstance(content["identity"], dict) or hashlib.sha256(state).hexdigest() != content["digest"]:
+            raise ValueError
+    except Exception:
+        raise InputError(f"{path} is damaged: it does not match its digest; start anew without --resume") from None
     for name, value in identity.items():
         if (found := content["identity"].get(name)) != value:
             raise InputError(f"{path} was made with {name} = {found}, not {value}; give the same knobs and data, or "
                              "start anew without --resume")
-    return content["state"]
+    return torch.load(io.BytesIO(state), weights_only=True)
 
 
 def write_npz(load: Callable, source: str | None, target: str | None, precision: str, wide: bool) -> int:
     """Writes `target`, a .npz of the lines of `source`: offsets (N + 1,), vectors (3, tokens, D); exit status 0.
 
-    `load()` gives the ELMo. float16, or float32 when `wide`; precision "fp32", else bf16 where it is fast.
+    `load()` gives the ELMo. float32 when `wide`, else float16 and, unless precision is "fp32", bf16 where it is fast.
     Streamed: the vectors are written beside the target as they come, and packed at the end, so that memory stays flat.
     """
     if not source or not target:
         raise InputError("--embed and --npz go together: --embed texts.txt --npz vectors.npz")
+    parent = Path(target).absolute().parent
+    if not parent.is_dir():
+        raise InputError(f"{target} cannot be written: the folder {parent} is missing")
+    if Path(target).is_dir():
+        raise InputError(f"{target} cannot be written: it is a folder")
     lines = read_text(source).split("\n")
     lines = [line.removesuffix("\r") for line in (lines[:-1] if lines[-1] == "" else lines)]
     elmo = load()
     offsets = elmo.encode(lines).tokens.offsets
     shape = (3, int(offsets[-1]), 2 * elmo.config.output)
-    parent = Path(target).absolute().parent
-    if not parent.is_dir():
-        raise InputError(f"{target} cannot be written: the folder {parent} is missing")
     dtype = np.dtype(np.float32 if wide else np.float16)
     with TemporaryDirectory(dir=parent, prefix=".embed") as folder:
         with open(f"{folder}/vectors.npy", "wb") as file:
             header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_2_0(file, header)
             begin, width = file.tell(), shape[2] * dtype.itemsize
-            texts = elmo.embed_stream(lines, "fp32" if precision == "fp32" else "bf16")
+            texts = elmo.embed_stream(lines, "fp32" if wide or precision == "fp32" else "bf16")
             for start, layers in zip(offsets[:-1], tqdm(texts, total=len(lines), unit="text"), strict=True):
                 for j, layer in enumerate(layers.numpy().astype(dtype)):
                     file.seek(begin + (j * shape[1] + int(start)) * width)

@@ -20,7 +20,7 @@ def check_knobs(config) -> None:
     """InputError for the first field of a dataclass whose value has the wrong type or is out of range."""
     for f in fields(config):
         value, meta = getattr(config, f.name), f.metadata
-        if f.type is float and type(value) is int:
+        if f.type is float and type(value) is int and abs(value) < 2**63:
             object.__setattr__(config, f.name, value := float(value))
         if type(value) is not f.type:
             raise InputError(f"{f.name} is {value!r}; expected {f.type.__name__}")
@@ -32,9 +32,10 @@ def check_knobs(config) -> None:
 
 def read_toml(path: str, known: set[str]) -> dict:
     """The knobs of a TOML file; InputError names the file and an unknown knob."""
+    text = read_text(path)
     try:
-        values = tomllib.loads(read_text(path))
-    except tomllib.TOMLDecodeError as error:
+        values = tomllib.loads(text)
+    except ValueError as error:     # its own error is one, and so is a number of thousands of digits
         raise InputError(f"{path}: is not TOML ({error})") from None
     if unknown := sorted(set(values) - known):
         raise InputError(f"{path}: {unknown[0]!r} is no knob; --help lists them")
@@ -88,6 +89,11 @@ def script(name: str) -> Callable:
             except OSError as error:        # a full disk, a folder that may not be read or written
                 print(f"{name}: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
                 return 2
+            except (MemoryError, RuntimeError) as error:
+                if isinstance(error, MemoryError) or "allocate" in str(error) or "out of memory" in str(error):
+                    print(f"{name}: there is not enough memory; choose smaller knobs", file=sys.stderr)
+                    return 2
+                raise
             except KeyboardInterrupt:
                 return 130
         return run

@@ -2,7 +2,6 @@
 import atexit
 import os
 import platform
-import resource
 import sys
 
 import numpy as np
@@ -29,7 +28,7 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 def join_processes() -> tuple[int, int]:
     """(rank, processes): those of torchrun, whose group this process joins, or (0, 1)."""
-    if "RANK" not in os.environ:
+    if not dist.is_torchelastic_launched():
         return 0, 1
     if not dist.is_initialized():
         if torch.cuda.is_available():
@@ -60,5 +59,7 @@ def versions() -> dict:
 
 
 def peak_memory_gb() -> float:
-    """Largest resident memory of this process so far; ru_maxrss counts kilobytes on Linux, bytes on macOS."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+    """Largest resident memory of this process so far; ru_maxrss counts KiB on Linux, bytes on macOS."""
+    import resource  # not on Windows, where the rest runs
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most / 1e9 if sys.platform == "darwin" else most * 1024 / 1e9

@@ -9,11 +9,13 @@
 """
 import csv
 import hashlib
+import http.client
 import io
 import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import urllib.request
@@ -55,20 +57,23 @@ def ag_news_folder() -> Path:
 
 
 def download(folder: Path) -> None:
-    """AG News into `folder`, verified by SHA-256 before either file takes its name; all or nothing."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """The missing ones of AG News' two files into `folder`; none of them before all are fetched and verified."""
+    contents = {}
     for part, expected in SHA256.items():
+        if (folder / f"{part}.csv").exists():
+            continue
         try:
             with urllib.request.urlopen(f"{SOURCE}{part}.csv", timeout=30) as reply:
-                content = reply.read()
-        except OSError as error:
+                contents[part] = reply.read()
+        except (OSError, http.client.HTTPException) as error:
             raise InputError(
                 f"AG News is neither in $AG_NEWS_DIR nor in {folder}, and the download failed ({error}); mend it in "
                 "one of three ways: set AG_NEWS_DIR to a folder with train.csv and test.csv, put the two files into "
                 f"{folder}, or connect to the network and run this again (`make demo` needs no download)") from None
-        if (found := hashlib.sha256(content).hexdigest()) != expected:
+        if (found := hashlib.sha256(contents[part]).hexdigest()) != expected:
             raise InputError(f"the download of {part}.csv has SHA-256 {found} where {expected} was expected; "
                              "run it again, or fetch the file by hand")
+    for part, content in contents.items():
         write_atomically(folder / f"{part}.csv", lambda file, content=content: file.write(content))
 
 
@@ -95,6 +100,8 @@ def read_csv(path: str | Path) -> pd.DataFrame:
     if not text.strip():
         raise InputError(f"{path}: the file is empty; expected rows of class, title, description")
     rows = read_rows(text, path)
+    if not rows:
+        raise InputError(f"{path}: the file is empty; expected rows of class, title, description")
     first, headers = [name.strip() for name in rows[0]], (["Class Index", *COLUMNS[1:]], ["Class Index", COLUMNS[2]])
     header = not first[0].lstrip("+-").isdigit()
     if header and [name.lower() for name in first] not in [[name.lower() for name in names] for names in headers]:
@@ -203,7 +210,7 @@ def count_chunk(job: tuple[Callable, list[str]]) -> tuple[list[str], np.ndarray,
     return list(index), np.array(ids, dtype=np.int32), np.array(lengths, dtype=np.int64)
 
 
-def stream_tokens(texts: Iterable[str], tokenize: Callable, file) -> tuple[list[str], np.ndarray]:
+def stream_tokens(texts: Iterable[str], tokenize: Callable, file, workers: int) -> tuple[list[str], np.ndarray]:
     """(types, offsets) of the texts, whose ids are appended to `file` as int32 while they come: flat memory."""
     texts = iter(texts)
     def chunks() -> Iterator[tuple[Callable, list[str]]]:
@@ -215,7 +222,8 @@ def stream_tokens(texts: Iterable[str], tokenize: Callable, file) -> tuple[list[
     first = next(jobs, None)
     second = next(jobs, None)
     todo = [job for job in (first, second) if job]
-    pool = multiprocessing.get_context().Pool(os.cpu_count()) if second else None   # one chunk is not worth a process
+    ignore = (signal.SIGINT, signal.SIG_IGN)                    # Ctrl-C is the parent's to handle
+    pool = multiprocessing.Pool(workers, signal.signal, ignore) if workers > 1 and second else None
     try:
         rest = (job for part in (todo, jobs) for job in part)
         for types, ids, length in pool.imap(count_chunk, rest) if pool else map(count_chunk, rest):
@@ -245,7 +253,7 @@ def tokenize_corpus(texts: Sequence[str], tokenize: Callable, version: str, cach
         if folder.exists():
             return open_tokens(folder)
     buffer = io.BytesIO()
-    types, offsets = stream_tokens(texts, tokenize, buffer)
+    types, offsets = stream_tokens(texts, tokenize, buffer, workers=1)
     return Tokens(types, np.frombuffer(buffer.getvalue(), dtype=np.int32), offsets)
 
 
@@ -255,9 +263,12 @@ def fill_cache(folder: Path, texts: Sequence[str], tokenize: Callable) -> None:
     part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".part"))
     try:
         with open(part / "ids.int32", "wb") as file:
-            types, offsets = stream_tokens(texts, tokenize, file)
+            types, offsets = stream_tokens(texts, tokenize, file, workers=os.cpu_count() or 1)
         np.save(part / "offsets.npy", offsets)
         (part / "types.json").write_text(json.dumps(types), encoding="utf-8")
+        for name in ("ids.int32", "offsets.npy", "types.json"):
+            with open(part / name, "rb") as file:
+                os.fsync(file.fileno())
         part.chmod(0o755)
         part.replace(folder)        # fails where another process was first: its folder holds the same
     finally:
@@ -271,9 +282,9 @@ def open_tokens(folder: Path) -> Tokens:
         types = json.loads((folder / "types.json").read_text(encoding="utf-8"))
         size = (folder / "ids.int32").stat().st_size
         ids = np.memmap(folder / "ids.int32", dtype=np.int32, mode="r") if size else np.zeros(0, dtype=np.int32)
-        if len(ids) != offsets[-1]:
-            raise ValueError(f"{len(ids)} ids where {offsets[-1]} were expected")
-    except (OSError, ValueError) as error:
+        if len(ids) != offsets[-1] or (size and int(ids.max()) >= len(types)):
+            raise ValueError(f"{len(ids)} ids of {len(types)} types where {offsets[-1]} were expected")
+    except (OSError, ValueError, EOFError, IndexError) as error:
         raise InputError(f"the token cache {folder} is damaged ({error}); delete it and run again") from None
     return Tokens(types, ids, offsets)
 

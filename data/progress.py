@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data.files import read_resume, stop_request, write_resume
+from data.files import InputError, read_resume, stop_request, write_atomically, write_resume
 from data.machine import sum_over_processes
 
 
@@ -66,11 +66,10 @@ class Run:
         self.step, self.items, self.seconds, self.wall, self.loss = 0, 0, 0.0, 0.0, 0.0
         self.lowest, self.best, self.history = math.inf, None, []
         if file:
-            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(file.with_name(".writable"), lambda _: None)       # found out now, not after an epoch
+            file.with_name(".writable").unlink()
         if resume and file and file.exists():
-            state = read_resume(file, trainer.identity())
-            trainer.load_state(state["trainer"])
-            vars(self).update(state["run"])
+            self.load(read_resume(file, trainer.identity()))
         self.began = time.perf_counter() - self.wall
         self.clock = self.saved = time.perf_counter()
 
@@ -84,6 +83,15 @@ class Run:
     def __exit__(self, *_) -> None:
         self.requests.close()
         self.progress.bar.close()
+
+    def load(self, state: dict) -> None:
+        """Trainer and counters as `save` wrote them."""
+        try:
+            self.trainer.load_state(state["trainer"])
+            for name in self.KEPT:
+                setattr(self, name, state["run"][name])
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise InputError(f"{self.file} does not hold such a run ({error}); start anew without --resume") from None
 
     @property
     def finished(self) -> bool:
@@ -121,7 +129,7 @@ class Run:
         sum_over_processes([votes])         # all processes stop before the same step
         if votes:
             self.save()
-            self.progress.write(f"stopped before step {self.step:,}; --resume goes on")
+            self.progress.write(f"stopped before step {self.step:,}" + ("; --resume goes on" if self.file else ""))
         return bool(votes)
 
     def count(self, loss: float, items: int) -> None:

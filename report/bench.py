@@ -41,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # run as `py
 
 import ELMO
 from data.files import InputError, write_json
-from data.knobs import Parser, add_knobs
+from data.knobs import Parser, add_knobs, script
 from data.machine import default_device, fast_bf16, machine, peak_memory_gb, versions
 from data.prepare import read_ag_news, split
 from data.text import PAD, UNK, Data, Vocabulary, tokenized
@@ -133,8 +133,9 @@ def step_ratio(own: ELMO.Trainer, grown: ELMO.Trainer, numbers: Iterator[int], s
     begin, ratios = time.perf_counter(), []
     while len(ratios) < least or time.perf_counter() - begin < seconds:
         n = next(numbers)
-        rates = [timed(lambda trainer=trainer, n=n: trainer.step(n)[1], own.device) for trainer in (own, grown)]
-        ratios.append(rates[0] / rates[1])
+        order = (own, grown) if len(ratios) % 2 else (grown, own)
+        rates = {trainer: timed(lambda trainer=trainer, n=n: trainer.step(n)[1], own.device) for trainer in order}
+        ratios.append(rates[own] / rates[grown])
     return median(ratios)
 
 
@@ -231,6 +232,7 @@ def table(repeats: list[dict]) -> str:
     return "\n".join(lines)
 
 
+@script("bench.py")
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, 2 for an input that the user can mend, 130 after Ctrl-C."""
     begin, argv = time.perf_counter(), sys.argv[1:] if argv is None else argv
@@ -240,22 +242,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, help="of each measure, instead of 4 (--quick) or 30")
     parser.add_argument("--words", type=int, default=800_000, help="the grown vocabulary (default %(default)s)")
     add_knobs(parser, ELMO.Config)
-    try:
-        given = vars(parser.parse_args(argv))
-        quick, out, seconds, words = (given.pop(name) for name in ("quick", "out", "seconds", "words"))
-        config, plan = ELMO.Config(**given), PLANS[quick] | ({} if seconds is None else {"seconds": seconds})
-        result = bench(config, words, plan)
-        print(table(result["repeats"]))
-        write_json(out, result | {
-            "command": " ".join(["python", "report/bench.py", *argv]), "quick": quick, "config": asdict(config),
-            "versions": versions(), "peak_memory_gb": peak_memory_gb(), "seconds": time.perf_counter() - begin})
-        print(f"{out}: after {time.perf_counter() - begin:,.0f} seconds")
-        return 0
-    except InputError as error:
-        print(f"bench.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    given = vars(parser.parse_args(argv))
+    quick, out, seconds, words = (given.pop(name) for name in ("quick", "out", "seconds", "words"))
+    if out.is_dir():
+        raise InputError(f"--out {out} is a folder; name a file")
+    config, plan = ELMO.Config(**given), PLANS[quick] | ({} if seconds is None else {"seconds": seconds})
+    result = bench(config, words, plan)
+    print(table(result["repeats"]))
+    write_json(out, result | {
+        "command": " ".join(["python", "report/bench.py", *argv]), "quick": quick, "config": asdict(config),
+        "versions": versions(), "peak_memory_gb": peak_memory_gb(), "seconds": time.perf_counter() - begin})
+    print(f"{out}: after {time.perf_counter() - begin:,.0f} seconds")
+    return 0
 
 
 if __name__ == "__main__":

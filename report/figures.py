@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # run as `python report/figures.py`
 
@@ -35,7 +36,6 @@ def pretraining(result: dict, out: Path) -> None:
 
 def new_figure(width: float, height: float):
     """(figure, axes) without a window system, so that scripts draw on any machine."""
-    from matplotlib.figure import Figure
     figure = Figure(figsize=(width, height))
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)

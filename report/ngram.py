@@ -133,16 +133,3 @@ def unigram_nats(
 def perplexity(nats: np.ndarray, offsets: np.ndarray, rows: np.ndarray | slice = slice(None)) -> float:
     """exp(nats / predicted symbols) over `rows`, a boolean mask or all: summed first and divided once."""
     return float(np.exp(nats[rows].sum() / (np.diff(offsets)[rows] + 1).sum()))
-
-
-def perplexities(train: tuple, heldout: dict[str, tuple], vocabulary_size: int, order: int = 4) -> dict[str, dict]:
-    """{name: {"unigram": ppl, "kneser_ney": {"forward": ppl, "backward": ppl}, "tokens": words and end symbols}}."""
-    out = {}
-    for name, rows in heldout.items():
-        unigram = perplexity(unigram_nats(*train, vocabulary_size, *rows), rows[1])
-        out[name] = {"unigram": unigram, "kneser_ney": {}, "tokens": len(rows[0]) + len(rows[1]) - 1}
-    for direction, turn in (("forward", lambda *rows: rows), ("backward", reverse)):
-        model = KneserNey(*turn(*train), vocabulary_size, order)
-        for name, rows in heldout.items():
-            out[name]["kneser_ney"][direction] = perplexity(model.nats(*turn(*rows)), rows[1])
-    return out

@@ -21,8 +21,8 @@ from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from data.files import write_json
 from data.machine import machine, peak_memory_gb, versions
-from data.prepare import Tokens, fresh_rows
-from report import ngram
+from data.prepare import Tokens, fresh_rows, read_ag_news
+from report import figures, ngram
 
 DIRECTIONS = ("forward", "backward")
 SAMPLE = 4000       # training rows that are measured
@@ -110,23 +110,23 @@ def measure(elmo, trainer, texts: tuple[list[str], list[str]], test, score_rows)
     sample = np.sort(np.random.default_rng([elmo.config.seed, 4]).permutation(data.train)[:SAMPLE])
     chosen = {"train": (data.encoded, sample), "validation": (data.encoded, data.validation),
               "test": (test, np.arange(len(test.tokens)))}
+    known = read_ag_news("train").description       # all of train.csv, whatever --rows took of it
     fresh = {"validation": fresh_rows([texts[0][i] for i in data.train], [texts[0][i] for i in data.validation]),
-             "test": fresh_rows(*texts)}
+             "test": fresh_rows(known, texts[1])}
     splits, parts = {}, {}
     for name, (encoded, rows) in chosen.items():
         scores = score_rows(elmo.model, encoded, rows, details=True)
         splits[name] = summary(scores)
-        if name in fresh:
+        if name in fresh and fresh[name].any():
             splits[name]["fresh"] = summary(scores, fresh[name])
         parts[name] = rows_of(encoded.tokens, encoded.lookup, rows)
     add_ngrams(splits, rows_of(data.encoded.tokens, data.encoded.lookup, data.train), parts, fresh, len(data.words))
     return splits, confusion(scores, data.words.words)
 
 
-def publish(elmo, trainer, texts, test, score_rows, out: Path, begin: float) -> None:
-    """Measures the finished model and writes OUT/bilstm.pt, OUT/pretraining.json and the figures."""
-    from report import figures
-    data = trainer.data
+def publish(elmo, trainer, texts, test, score_rows, out: Path, before: float) -> None:
+    """Measures the finished model, `before` seconds after the command; OUT/bilstm.pt, pretraining.json and figures."""
+    data, begin = trainer.data, time.perf_counter() - before
     print("measuring the finished model with the full softmax", flush=True)
     splits, matrix = measure(elmo, trainer, texts, test, score_rows)
     elmo.metrics = {name: {d: part[d]["perplexity"] for d in DIRECTIONS} for name, part in splits.items()}
@@ -143,8 +143,9 @@ def publish(elmo, trainer, texts, test, score_rows, out: Path, begin: float) -> 
         "unknown": {"train": data.unknown(data.train), "validation": data.unknown(data.validation),
                     "test": unknown_share(test)},
         "history": elmo.history, "splits": splits, "confusion": matrix}
-    write_json(out / "pretraining.json", result)
     figures.pretraining(result, out)
+    result["minutes"] = (time.perf_counter() - begin) / 60
+    write_json(out / "pretraining.json", result)
     print(table(result))
 
 

@@ -23,7 +23,7 @@ def pretraining(r: dict) -> str:
              "|---|--:|--:|--:|--:|--:|--:|"]
     for name, part in r["splits"].items():
         for label, p in ((f"{name}, all", part), (f"{name}, fresh", part.get("fresh"))):
-            if p:
+            if p and p["rows"]:
                 numbers = [p[d][key] for key in ("perplexity", "kneser_ney_perplexity") for d in DIRECTIONS]
                 cells = [label, f"{p['rows']:,}", *(f"{n:.1f}" for n in numbers), f"{p['unigram_perplexity']:.0f}"]
                 lines.append(f"| {' | '.join(cells)} |")
@@ -35,7 +35,7 @@ Vocabulary {r['vocabulary']:,} words (min-count {r['config']['min_count']}, lowe
 end symbols count, the softmax is the full one. On all test rows the forward model names the next word right
 {test['accuracy']:.1%} of the time, and has it among its first five {test['top5_accuracy']:.1%}.
 
-Made by `{r['command']}` with the default knobs in {r['minutes']:.0f} minutes, evaluation and figures included, on
+Made by `{r['command']}` in {r['minutes']:.0f} minutes, evaluation and figures included, on
 {r['machine']['cores']} cores ({r['machine']['device']}, {r['precision']}), {r['tokens_per_second']:,.0f} targets a
 second, {r['peak_memory_gb']:.1f} GB of memory; {r['parameters'] / 1e6:.1f} million weights in {r['file_mb']:.1f} MB."""
 

@@ -1,6 +1,7 @@
 """The script as a user runs it: whole runs, kills and resumes, damaged files and wrong inputs."""
 import json
 import os
+import pathlib
 import random
 import shutil
 import signal
@@ -15,8 +16,9 @@ from conftest import ROOT, SENTENCES, tiny
 
 import ELMO
 from data import sample
-from data.files import InputError, read_published, write_published
+from data.files import InputError, read_published, write_published, write_resume
 from data.prepare import read_csv
+from data.progress import Run
 from report import figures, readme
 
 SMALL = ["--hidden", "12", "--validation", "60", "--epochs", "3", "--batch-tokens", "300", "--negatives", "50",
@@ -37,6 +39,11 @@ def finish(process: subprocess.Popen) -> str:
 
 def weights(folder) -> dict[str, torch.Tensor]:
     return torch.load(folder / "bilstm.pt", weights_only=True)["weights"]
+
+
+def written(file) -> int:
+    """When the file was last replaced, in nanoseconds; 0 where there is none."""
+    return file.stat().st_mtime_ns if file.exists() else 0
 
 
 def same(a: dict, b: dict) -> bool:
@@ -82,16 +89,18 @@ def test_published_numbers_are_those_of_the_model_in_the_file(whole, corpus):
 
 
 def test_a_run_killed_at_random_moments_and_resumed_ends_with_the_same_weights(whole, corpus, tmp_path, request):
-    moments, kills = random.Random(time.time_ns()), request.config.getoption("--kills")
-    for k in range(kills):
-        process = command(corpus, tmp_path, "--resume")
-        begin = time.time()
-        while not (tmp_path / "bilstm.resume.pt").exists() and process.poll() is None and time.time() - begin < 60:
-            time.sleep(0.02)
-        moment = moments.uniform(0, 1.5 if k else 0.5) + (4 if k else 0)
-        time.sleep(moment)
+    moments, kills, killed = random.Random(time.time_ns()), request.config.getoption("--kills"), 0
+    for _ in range(kills):
+        process, file = command(corpus, tmp_path, "--resume"), tmp_path / "bilstm.resume.pt"
+        before, begin = written(file), time.time()
+        while written(file) == before and process.poll() is None and time.time() - begin < 100:
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0, 1.5 / kills))
         process.kill()
         process.communicate()
+        if process.returncode == -signal.SIGKILL:
+            killed += 1
+    assert killed >= min(3, kills)      # the others came after the end of a run
     finish(command(corpus, tmp_path, "--resume"))
     assert same(weights(tmp_path), weights(whole[0]))
     assert not list(tmp_path.glob("*.resume.pt"))
@@ -110,8 +119,39 @@ def test_ctrl_c_stops_between_two_steps_keeps_the_best_model_and_resumes(whole, 
     assert same(weights(tmp_path), weights(whole[0]))
 
 
+def test_a_kill_between_two_files_of_the_end_is_mended_by_resuming(builtin, whole, tmp_path, monkeypatch):
+    for name in ("bilstm.pt", "curves_pretraining.png", "pretraining.json"):
+        def fail(self, target, name=name, replace=pathlib.Path.replace):
+            if pathlib.Path(target).name == name:
+                raise KeyboardInterrupt
+            return replace(self, target)
+        with monkeypatch.context() as patch:
+            patch.setattr(pathlib.Path, "replace", fail)
+            assert ELMO.main(["--out", str(tmp_path), *SMALL, "--resume"]) == 130
+        assert (tmp_path / "bilstm.resume.pt").exists() and not (tmp_path / name).exists()
+    assert ELMO.main(["--out", str(tmp_path), *SMALL, "--resume"]) == 0
+    assert sorted(os.listdir(tmp_path)) == sorted(os.listdir(whole[0]))
+
+
+@pytest.mark.parametrize("knobs", [{"representation": "char"}, {"representation": "word2vec"}, {"hidden": 384}])
+def test_a_resumed_run_ends_with_the_same_weights_whatever_the_representation_and_with_all_threads(knobs, tmp_path):
+    config = tiny(**({"batch_tokens": 600, "epochs": 4.0} | knobs))
+    data = ELMO.Data.of([text for _, _, text in sample.generate(200)], config, np.arange(150), np.arange(150, 200))
+    ends = []
+    for stop in (None, 9):
+        trainer, file = ELMO.Trainer(config, data, torch.device("cpu")), tmp_path / f"{stop}.resume.pt"
+        if stop:
+            with Run(trainer, file) as run:
+                for step in range(stop):
+                    run.count(*trainer.step(step))
+                run.save()
+            trainer = ELMO.Trainer(config, data, torch.device("cpu"))
+        ends.append(ELMO.train(trainer, file, resume=bool(stop)).trainer.model.state_dict())
+    assert same(*ends)
+
+
 def test_two_processes_train_as_one_does_on_the_same_batches(corpus, tmp_path):
-    short = ["--epochs", "0.4", "--dropout", "0.2", "--word-dropout", "0.1"]
+    short = ["--batch-tokens", "30", "--epochs", "0.04", "--dropout", "0.2", "--word-dropout", "0.1"]
     finish(command(corpus, tmp_path / "one", *short))
     finish(command(corpus, tmp_path / "two", *short, launch=(
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")))
@@ -178,6 +218,18 @@ def test_a_damaged_file_is_refused_or_loads_the_same_model(whole, tmp_path):
     assert refused >= 45
 
 
+@pytest.mark.parametrize("change", [
+    lambda c: c["weights"].update(table=torch.nn.Parameter(c["weights"]["table"])),
+    lambda c: c["weights"].update(table=c["weights"]["table"].to_sparse()),
+    lambda c: c.update(digest=None, weights=3), lambda c: c.update(words=3), lambda c: c.clear()])
+def test_a_tampered_file_is_refused(whole, tmp_path, change):
+    content = torch.load(whole[0] / "bilstm.pt", weights_only=True)
+    change(content)
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(InputError):
+        ELMO.ELMo.load(tmp_path / "a.pt")
+
+
 class Evil:
     def __init__(self, path):
         self.path = str(path)
@@ -197,6 +249,7 @@ def test_a_file_that_would_run_code_is_refused(tmp_path):
     (lambda c: c["config"].update(hidden=16), "does not fit together"),
     (lambda c: c["config"].update(hidden=-1), "does not fit together"),
     (lambda c: c["config"].update(colour="red"), "does not fit together"),
+    (lambda c: c["config"].update(hidden=65536, width=8192), "does not fit together"),
     (lambda c: c["words"].pop(), "vocabulary does not fit"),
     (lambda c: c["words"].reverse(), "vocabulary does not fit"),
     (lambda c: c["weights"].pop("table_bias"), "does not fit together"),
@@ -219,7 +272,7 @@ BAD_FILES = {
     "no class": ROW + b',a,b\n', "class nan": ROW + b'nan,a,b\n', "short row": ROW + b'"2","a"\n',
     "long row": ROW + b'"2","a","b","c","d"\n', "latin-1": ROW + b'"2","a","caf\xe9"\n',
     "utf-16": ROW.decode().encode("utf-16"), "nul": ROW + b'"2","a","b\0c"\n', "no text": b'"1","a",""\n"2","b"," "\n',
-    "open quote": ROW + b'"2","a","b\n', "binary": bytes(range(256)) * 20}
+    "empty field": b'""\n', "open quote": ROW + b'"2","a","b\n', "binary": bytes(range(256)) * 20}
 
 
 def refused(capsys, argv: list[str], out) -> str:
@@ -279,6 +332,13 @@ def test_a_resume_state_of_other_knobs_or_of_other_rows_or_damaged_is_refused(bu
     content = (out / "bilstm.resume.pt").read_bytes()
     (out / "bilstm.resume.pt").write_bytes(content[:len(content) // 2])
     assert "cannot be opened" in refused(capsys, [*SMALL, "--resume"], out)
+    middle = len(content) // 2
+    (out / "bilstm.resume.pt").write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:])
+    assert "does not match its digest" in refused(capsys, [*SMALL, "--resume"], out)
+    trainer.state = dict
+    write_resume(out / "bilstm.resume.pt", trainer.identity(), {})
+    with pytest.raises(InputError, match="does not hold such a run"):
+        Run(trainer, out / "bilstm.resume.pt", resume=True)
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_in_one_sentence():
