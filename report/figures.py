@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # run as `python report/figures.py`
 
@@ -61,8 +62,9 @@ def curves(result: dict):
     ticks = [t for t in (1, 2, 3, 5, 8, 12, 20, 30, 50, 70, 100, 150, 200, 300, 500, 1000, 2000) if low <= t <= high]
     axes.set_yticks(ticks, [str(t) for t in ticks])
     axes.minorticks_off()
+    axes.xaxis.set_major_locator(MaxNLocator(integer=max(epochs) >= 2))
     best = [part[d]["perplexity"] for d in ("forward", "backward")]
-    axes.set_title(f"Validation perplexity ends at {best[0]:.1f} forward, {best[1]:.1f} backward "
+    axes.set_title(f"Validation perplexity ends at {best[0]:.1f} forward, {best[1]:.1f} backward\n"
                    f"(n = {part['tokens']:,} tokens, V = {result['vocabulary']:,})", fontsize=10)
     axes.legend(fontsize=8, frameon=False)
     return figure
