@@ -159,7 +159,8 @@ class LSTM(torch.autograd.Function):
         _, T, B, P = x.shape
         H = w_x.shape[1] // 4
         gates = torch.baddbmm(bias[:, None], x.reshape(2, T * B, P), w_x.transpose(1, 2)).view(2, T, B, 4 * H)
-        c, tanh_c = (x.new_empty(2, T, B, H, dtype=torch.float32) for _ in range(2))
+        kept = T if any(ctx.needs_input_grad) else 1                        # cell states of all steps, or of the last
+        c, tanh_c = (x.new_empty(2, kept, B, H, dtype=torch.float32) for _ in range(2))
         cell_out = x.new_empty(2, T, B, H)
         h = cell_out if w_p is None else x.new_empty(2, T, B, P)
         for t in range(T):
@@ -169,14 +170,13 @@ class LSTM(torch.autograd.Function):
             gate[..., :3 * H].sigmoid_()
             gate[..., 3 * H:].tanh_()
             i, f, o, u = (part.float() for part in gate.chunk(4, dim=-1))   # (2, B, H) each
-            torch.mul(i, u, out=c[:, t])
-            if t:
-                c[:, t].addcmul_(f, c[:, t - 1])
-            torch.tanh(c[:, t], out=tanh_c[:, t])
-            cell_out[:, t] = o * tanh_c[:, t]
+            new = c[:, t % kept]
+            torch.mul(f, c[:, (t - 1) % kept], out=new).addcmul_(i, u) if t else torch.mul(i, u, out=new)
+            torch.tanh(new, out=tanh_c[:, t % kept])
+            cell_out[:, t] = o * tanh_c[:, t % kept]
             if w_p is not None:
                 h[:, t] = torch.bmm(cell_out[:, t], w_p.transpose(1, 2))
-        if any(ctx.needs_input_grad):
+        if kept == T:
             ctx.save_for_backward(x, w_x, w_h, w_p, gates, c, tanh_c, cell_out, h)
         return h
 
@@ -630,7 +630,7 @@ class ELMo:
         """One (3, tokens, D) float32 CPU tensor per text, boundaries left out; (3, 0, D) for a text without tokens."""
         return list(self.embed_stream(check_texts(texts), precision))
 
-    def embed_stream(self, texts: Iterable[str], precision: str = "fp32", window: int = 256) -> Iterator[Tensor]:
+    def embed_stream(self, texts: Iterable[str], precision: str = "fp32", window: int = 512) -> Iterator[Tensor]:
         """The same one by one, in input order, from any iterable; memory holds `window` texts at a time.
 
         precision: "fp32"; "bf16" is faster where the hardware multiplies it, and is computed in fp32 elsewhere.
@@ -644,7 +644,7 @@ class ELMo:
         while chunk := list(islice(texts, window)):
             encoded = self.encode(chunk)
             out, lengths = [None] * len(chunk), np.diff(encoded.tokens.offsets)
-            for rows in batches(lengths, 8000):
+            for rows in batches(lengths, 3000):
                 x, _ = collate(encoded, rows)
                 with torch.inference_mode():
                     x = self.model.represent(x.to(self.model.table.device), chars=encoded.chars)
