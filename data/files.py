@@ -56,11 +56,13 @@ def read_text(path: str | Path) -> str:
 def read_checkpoint(path: str | Path, keys: set[str]) -> dict:
     """A .pt file's dictionary, opened with weights_only=True; InputError for anything else than such a file."""
     try:
-        content = torch.load(path, weights_only=True, map_location="cpu")
+        file = io.BytesIO(Path(path).read_bytes())
     except FileNotFoundError:
         raise InputError(f"{path} is missing; run `python ELMO.py` first, or name another file") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})") from None
+    try:
+        content = torch.load(file, weights_only=True, map_location="cpu")
     except Exception as error:      # torch raises half a dozen kinds for damaged files, and one for unsafe pickles
         unsafe = "Weights only load failed" in str(error)
         reason = "it is damaged, or holds more than tensors and plain types" if unsafe else "it is damaged"

@@ -299,8 +299,8 @@ def test_bf16_states_are_fp32_states_to_bf16s_precision(elmo):
 
 
 def test_texts_without_a_token_can_be_trained_on():
-    model = ELMO.ELMo.train([""] * 5, tiny())
-    assert model.score([""])["forward"]["perplexity"] < 2       # </s> alone is ever a target
+    model = ELMO.ELMo.train([""] * 5, tiny(epochs=100.0))
+    assert model.score([""])["forward"]["perplexity"] < 1.8     # each direction has learned its own end symbol
 
 
 def test_texts_that_are_no_list_of_strings_are_refused(elmo):
