@@ -131,7 +131,7 @@ def read_resume(path: Path, identity: dict) -> dict:
         if (found := content["identity"].get(name)) != value:
             raise InputError(f"{path} was made with {name} = {found}, not {value}; give the same knobs and data, or "
                              "start anew without --resume")
-    return torch.load(io.BytesIO(state), weights_only=True)
+    return torch.load(io.BytesIO(state), weights_only=True, map_location="cpu")
 
 
 def write_npz(load: Callable, source: str | None, target: str | None, precision: str, wide: bool) -> int:

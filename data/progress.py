@@ -65,7 +65,7 @@ class Run:
         self.trainer, self.file = trainer, file
         self.step, self.items, self.seconds, self.wall, self.loss = 0, 0, 0.0, 0.0, 0.0
         self.lowest, self.best, self.history = math.inf, None, []
-        if file:
+        if file and trainer.rank == 0:
             write_atomically(file.with_name(".writable"), lambda _: None)       # found out now, not after an epoch
             file.with_name(".writable").unlink()
         if resume and file and file.exists():

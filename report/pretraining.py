@@ -135,7 +135,7 @@ def publish(elmo, trainer, texts, test, score_rows, out: Path, before: float) ->
     result = {
         "command": " ".join(["python", *(Path(sys.argv[0]).name, *sys.argv[1:])]), "config": asdict(elmo.config),
         "versions": versions(), "machine": machine(trainer.device), "processes": trainer.world,
-        "precision": str(trainer.dtype).removeprefix("torch."), "minutes": (time.perf_counter() - begin) / 60,
+        "precision": str(trainer.dtype).removeprefix("torch."),
         "training_seconds": seconds, "peak_memory_gb": peak_memory_gb(),
         "tokens_per_second": trainer.targets_per_epoch * elmo.config.epochs / seconds if seconds else None,
         "vocabulary": len(data.words), "parameters": sum(v.numel() for v in elmo.model.state_dict().values()),
