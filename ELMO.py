@@ -17,7 +17,7 @@ layer's output, H cells of an LSTM, E sampled words of a step, D = 2 P what a us
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -31,12 +31,11 @@ from torch import Tensor, nn
 from data.files import InputError, read_published, write_npz, write_published
 from data.knobs import check_knobs, knob, script, script_arguments
 from data.machine import compute_dtype, default_device, fast_bf16, join_processes, sum_over_processes
-from data.prepare import check_texts, read_ag_news, split, word2vec
+from data.prepare import CACHE, check_texts, read_ag_news, split, word2vec
 from data.progress import Run
 from data.text import BOS, EOS, PAD, SPECIAL, Data, Encoded, Vocabulary, batches, tokenize, tokenized
 
 HERE = Path(__file__).resolve().parent
-CACHE = HERE / "data" / "cache"
 FORMAT = "elmo-bilm-1"
 
 
@@ -106,7 +105,8 @@ class CharacterCNN(nn.Module):
         for layer in self.highways:
             nn.init.constant_(layer.bias[size:], -2.0)      # the gate starts nearly shut: the layer begins as identity
 
-    def forward(self, codes: Tensor) -> Tensor:             # (words, L) -> (words, P)
+    def forward(self, codes: Tensor) -> Tensor:
+        """(words, P) representations of the codes (words, L) that `spell` gives."""
         x = self.characters(codes.long()).transpose(1, 2)   # (words, WIDTH, L)
         x = torch.cat([conv(x).amax(dim=2).relu() for conv in self.convolutions], dim=1)    # (words, size)
         for layer in self.highways:
@@ -156,6 +156,7 @@ class LSTM(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, w_x: Tensor, w_h: Tensor, bias: Tensor, w_p: Tensor | None) -> Tensor:
+        """(2, T, B, P) outputs for inputs x of that shape; weights as in Layer."""
         _, T, B, P = x.shape
         H = w_x.shape[1] // 4
         gates = torch.baddbmm(bias[:, None], x.reshape(2, T * B, P), w_x.transpose(1, 2)).view(2, T, B, 4 * H)
@@ -182,6 +183,7 @@ class LSTM(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dh: Tensor):
+        """Gradients of x and the weights from that of the outputs, by backpropagation through time."""
         x, w_x, w_h, w_p, gates, c, tanh_c, cell_out, h = ctx.saved_tensors
         dgates = torch.empty_like(gates)
         dprojected = None if w_p is None else torch.empty_like(h)           # all T steps' gradient of h, for W_p's
@@ -208,8 +210,7 @@ class LSTM(torch.autograd.Function):
                 df.zero_()
             if step.dtype != dgates.dtype:
                 dgates[:, t] = step
-            if t:
-                dnext = torch.bmm(dgates[:, t], w_h)                        # (2, B, P)
+            dnext = torch.bmm(dgates[:, t], w_h) if t else None             # (2, B, P)
         flat = dgates.flatten(1, 2)                                         # (2, T B, 4H)
         dw_x = torch.bmm(flat.transpose(1, 2), x.flatten(1, 2))
         dw_h = torch.bmm(dgates[:, 1:].flatten(1, 2).transpose(1, 2), h[:, :-1].flatten(1, 2))
@@ -540,15 +541,14 @@ class Trainer:
             adam.state = {name: value.to(self.device) for name, value in saved.items()}
 
 
-def train(trainer: Trainer, resume_file: Path | None = None, resume: bool = False,
-          details: Callable | None = None) -> Run:
+def train(trainer: Trainer, resume_file: Path | None = None, resume: bool = False, details=None) -> Run:
     """The run, with the weights that are best on the validation rows (without such rows, the last).
 
     `details(scores)` gives the word-prediction metrics of --report-every, which join the history.
     """
     config, data = trainer.config, trainer.data
-
     def evaluate() -> tuple[float, dict]:
+        """(mean nats a validation token, the history's entry); without such rows a number that later steps lower."""
         if not len(data.validation):
             return -run.step, {}
         wanted = details and config.report_every and run.step % (config.report_every * trainer.per_epoch) == 0
@@ -602,14 +602,14 @@ class ELMo:
         kept = min(config.validation, len(texts) // 10)
         parts = split(len(texts), kept, config.seed) if kept else (np.arange(len(texts)), np.arange(0))
         trainer = Trainer(config, Data.of(texts, config, *parts), torch.device(device or default_device()))
-        run = train(trainer)
-        return cls.rounded(trainer, run.best, run.history)
+        return cls.rounded(trainer, train(trainer))
 
     @classmethod
-    def rounded(cls, trainer: Trainer, weights: dict | None, history: list) -> "ELMo":
+    def rounded(cls, trainer: Trainer, run: Run) -> "ELMo":
         """The model with its weights in half precision, as the file will hold them: the one that is measured."""
-        trainer.model.load_state_dict({k: v.half().float() for k, v in (weights or trainer.model.state_dict()).items()})
-        return cls(trainer.config, trainer.data.words, trainer.model, history)
+        best = run.best or trainer.model.state_dict()
+        trainer.model.load_state_dict({name: value.half().float() for name, value in best.items()})
+        return cls(trainer.config, trainer.data.words, trainer.model, run.history)
 
     def save(self, path: str | Path) -> None:
         """Tensors in half precision and plain types, written whole or not at all; sets `digest`."""
@@ -674,7 +674,7 @@ def pretrain(config: Config, out: Path, resume: bool) -> int:
     pretraining.describe(trainer, test)
     setup = time.perf_counter() - begin
     run = train(trainer, out / "bilstm.resume.pt", resume, pretraining.summary)
-    elmo = ELMo.rounded(trainer, run.best, run.history)
+    elmo = ELMo.rounded(trainer, run)
     if trainer.rank == 0 and run.finished:
         pretraining.publish(elmo, trainer, (texts, test_texts), test, score_rows, out, setup + run.wall)
         run.file.unlink(missing_ok=True)

@@ -36,6 +36,7 @@ HERE = Path(__file__).resolve().parent
 SOURCE = "https://raw.githubusercontent.com/mhjabreel/CharCnn_Keras/master/data/ag_news_csv/"
 SHA256 = {"train": "76a0a2d2f92b286371fe4d4044640910a04a803fdd2538e0f3f29a5c6f6b672e",
           "test": "521465c2428ed7f02f8d6db6ffdd4b5447c1c701962353eb2c40d548c3c85699"}
+CACHE = HERE / "cache"      # of tokenized corpora
 COLUMNS = ["class", "title", "description"]
 CHUNK = 2_000       # texts a worker tokenizes at a time: large enough to hide the hand-over, small enough for memory
 
@@ -190,7 +191,7 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def counts(self, rows: np.ndarray) -> np.ndarray:
+    def counts(self, rows: np.ndarray | slice) -> np.ndarray:
         """(types,) how often each type stands in these rows."""
         inside = np.zeros(len(self) + 1, dtype=np.int64)
         inside[rows] = 1

@@ -82,6 +82,11 @@ class Encoded:
             return cls(tokens, lookup)
         return cls(tokens, lookup, torch.from_numpy(spell(tokens.types, config.max_chars, len(SPECIAL))))
 
+    def unknown(self, rows: np.ndarray | slice = slice(None)) -> float:
+        """Share of <unk> among the tokens of these rows, or of all."""
+        counts = self.tokens.counts(rows)
+        return float(counts[self.lookup == UNK].sum() / max(1, counts.sum()))
+
 
 @dataclass
 class Data:
@@ -113,11 +118,6 @@ class Data:
                              minlength=len(self.words))
         counts[[BOS, EOS]] = len(self.train)
         return counts
-
-    def unknown(self, rows: np.ndarray) -> float:
-        """Share of <unk> among the rows' tokens."""
-        counts = self.encoded.tokens.counts(rows)
-        return float(counts[self.encoded.lookup == UNK].sum() / max(1, counts.sum()))
 
 
 def batches(lengths: np.ndarray, positions: int, generator: np.random.Generator | None = None) -> list[np.ndarray]:

@@ -89,19 +89,13 @@ def confusion(scores, words: list[str]) -> dict:
 def describe(trainer, test) -> None:
     """Prints rows, vocabulary, unknown words, weights and steps of a run that is about to begin."""
     data, weights = trainer.data, sum(value.numel() for value in trainer.model.state_dict().values())
-    train, validation = data.unknown(data.train), data.unknown(data.validation)
+    train, validation = data.encoded.unknown(data.train), data.encoded.unknown(data.validation)
     if trainer.rank == 0:
         print(f"{len(data.train):,} training, {len(data.validation):,} validation, {len(test.tokens):,} test rows\n"
               f"vocabulary {len(data.words):,} words of min-count {trainer.config.min_count}; <unk> {train:.2%} of "
-              f"training, {validation:.2%} of validation, {unknown_share(test):.2%} of test tokens\n"
+              f"training, {validation:.2%} of validation, {test.unknown():.2%} of test tokens\n"
               f"{weights:,} weights, {str(trainer.dtype).removeprefix('torch.')} on {machine(trainer.device)['device']}"
               f", {trainer.steps:,} steps of {trainer.targets_per_epoch / trainer.per_epoch:,.0f} targets", flush=True)
-
-
-def unknown_share(encoded) -> float:
-    """Share of <unk> among all tokens of an Encoded corpus."""
-    ids = encoded.lookup[encoded.tokens.ids]
-    return float((ids == 1).mean()) if len(ids) else 0.0
 
 
 def measure(elmo, trainer, texts: tuple[list[str], list[str]], test, score_rows) -> tuple[dict, dict]:
@@ -140,8 +134,8 @@ def publish(elmo, trainer, texts, test, score_rows, out: Path, before: float) ->
         "tokens_per_second": trainer.targets_per_epoch * elmo.config.epochs / seconds if seconds else None,
         "vocabulary": len(data.words), "parameters": sum(v.numel() for v in elmo.model.state_dict().values()),
         "file_mb": (out / "bilstm.pt").stat().st_size / 1e6, "digest": elmo.digest,
-        "unknown": {"train": data.unknown(data.train), "validation": data.unknown(data.validation),
-                    "test": unknown_share(test)},
+        "unknown": {"train": data.encoded.unknown(data.train), "validation": data.encoded.unknown(data.validation),
+                    "test": test.unknown()},
         "history": elmo.history, "splits": splits, "confusion": matrix}
     figures.pretraining(result, out)
     result["minutes"] = (time.perf_counter() - begin) / 60

@@ -107,7 +107,7 @@ def test_the_vocabulary_comes_from_training_rows_alone():
     texts = ["a a b", "a b c", "d d d"]
     data = ELMO.Data.of(texts, ELMO.Config(min_count=2, hidden=4), np.array([0, 1]), np.array([2]))
     assert data.words.words[4:] == ["a", "b"]
-    assert data.unknown(data.train) == pytest.approx(1 / 6) and data.unknown(data.validation) == 1
+    assert data.encoded.unknown(data.train) == pytest.approx(1 / 6) and data.encoded.unknown(data.validation) == 1
     assert data.counts().tolist() == [0, 1, 2, 2, 3, 2]
 
 

@@ -151,7 +151,8 @@ def test_a_resumed_run_ends_with_the_same_weights_whatever_the_representation_an
 
 
 def test_two_processes_train_as_one_does_on_the_same_batches(corpus, tmp_path):
-    short = ["--batch-tokens", "30", "--epochs", "0.04", "--dropout", "0.2", "--word-dropout", "0.1"]
+    short = ["--batch-tokens", "30", "--epochs", "0.04", "--dropout", "0.2", "--word-dropout", "0.1",
+             "--precision", "fp32"]
     finish(command(corpus, tmp_path / "one", *short))
     finish(command(corpus, tmp_path / "two", *short, launch=(
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")))
@@ -189,7 +190,7 @@ def test_embed_writes_the_vectors_of_every_line(whole, tmp_path):
     lines = ["the bank sued the court .", "", "unseen words", "the bank ."]
     (tmp_path / "texts").write_text("\n".join(lines) + "\n")
     source, target = str(tmp_path / "texts"), str(tmp_path / "v.npz")
-    assert ELMO.main(["--out", str(whole[0]), "--embed", source, "--npz", target]) == 0
+    assert ELMO.main(["--out", str(whole[0]), "--embed", source, "--npz", target, "--precision", "fp32"]) == 0
     elmo, found = ELMO.ELMo.load(whole[0] / "bilstm.pt"), np.load(tmp_path / "v.npz")
     assert found["offsets"].tolist() == [0, 6, 6, 8, 11] and found["vectors"].dtype == np.float16
     for i, vectors in enumerate(elmo.embed(lines)):
