@@ -32,7 +32,7 @@ from data.files import InputError, read_published, write_npz, write_published
 from data.knobs import check_knobs, knob, script, script_arguments
 from data.machine import compute_dtype, default_device, fast_bf16, join_processes, sum_over_processes
 from data.prepare import CACHE, check_texts, read_ag_news, split, word2vec
-from data.progress import Run
+from data.progress import Run, rate
 from data.text import BOS, EOS, PAD, SPECIAL, Data, Encoded, Vocabulary, batches, tokenize, tokenized
 
 HERE = Path(__file__).resolve().parent
@@ -144,26 +144,26 @@ def collate(encoded: Encoded, rows: np.ndarray) -> tuple[Tensor, Tensor]:
 
 # ------------------------------------------------------------------------------------------------------ model
 class LSTM(torch.autograd.Function):
-    """(2, T, B, P) outputs of one LSTM layer of both directions at once, which never see each other.
+    """(K, T, B, P) outputs of K LSTMs at once that never see each other: one layer's two directions, or several heads'.
 
         [i f o u] = W_x x_t + W_h h_t-1 + b
         c_t = sigmoid(f) c_t-1 + sigmoid(i) tanh(u)         h_t = W_p sigmoid(o) tanh(c_t)
 
-    (Hochreiter and Schmidhuber 1997, projection of Sak et al. 2014). The two directions are the first dimension of
+    (Hochreiter and Schmidhuber 1997, projection of Sak et al. 2014). The K directions are the first dimension of
     every batched product. Written out because what does not depend on the previous step (W_x x, all weights' gradients)
     is one large product over all T then, and torch's projected LSTM has no fast CPU path. The states c are fp32.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, w_x: Tensor, w_h: Tensor, bias: Tensor, w_p: Tensor | None) -> Tensor:
-        """(2, T, B, P) outputs for inputs x of that shape; weights as in Layer."""
-        _, T, B, P = x.shape
+        """(K, T, B, P) outputs for inputs x (K, T, B, width); weights as in Layer."""
+        K, T, B, _ = x.shape
         H = w_x.shape[1] // 4
-        gates = torch.baddbmm(bias[:, None], x.reshape(2, T * B, P), w_x.transpose(1, 2)).view(2, T, B, 4 * H)
+        gates = torch.baddbmm(bias[:, None], x.flatten(1, 2), w_x.transpose(1, 2)).view(K, T, B, 4 * H)
         kept = T if any(ctx.needs_input_grad) else 1                        # cell states of all steps, or of the last
-        c, tanh_c = (x.new_empty(2, kept, B, H, dtype=torch.float32) for _ in range(2))
-        cell_out = x.new_empty(2, T, B, H)
-        h = cell_out if w_p is None else x.new_empty(2, T, B, P)
+        c, tanh_c = (x.new_empty(K, kept, B, H, dtype=torch.float32) for _ in range(2))
+        cell_out = x.new_empty(K, T, B, H)
+        h = cell_out if w_p is None else x.new_empty(K, T, B, w_p.shape[1])
         for t in range(T):
             gate = gates[:, t]                                              # (2, B, 4H)
             if t:
@@ -219,18 +219,18 @@ class LSTM(torch.autograd.Function):
 
 
 class Layer(nn.Module):
-    """One LSTM layer's weights, both directions: w_x, w_h (2, 4H, P), bias (2, 4H), w_p (2, P, H) where H > P."""
+    """One LSTM layer's weights, both directions: w_x (2, 4H, width), w_h (2, 4H, P), bias (2, 4H), w_p (2, P, H)."""
 
-    def __init__(self, P: int, H: int):
+    def __init__(self, width: int, H: int, P: int):
         super().__init__()
         def uniform(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape).uniform_(-1, 1) / math.sqrt(shape[-1]))
-        self.w_x, self.w_h = uniform(2, 4 * H, P), uniform(2, 4 * H, P)
+        self.w_x, self.w_h = uniform(2, 4 * H, width), uniform(2, 4 * H, P)
         self.bias = nn.Parameter(torch.zeros(2, 4 * H))
         self.w_p = uniform(2, P, H) if H > P else None
         self.bias.data[:, H:2 * H] = 1                      # remember at first (Jozefowicz et al. 2015)
 
-    def forward(self, x: Tensor) -> Tensor:                 # (2, T, B, P) -> (2, T, B, P)
+    def forward(self, x: Tensor) -> Tensor:                 # (2, T, B, width) -> (2, T, B, P)
         weights = [None if w is None else w.to(x.dtype) for w in (self.w_x, self.w_h, self.bias, self.w_p)]
         return LSTM.apply(x, *weights)
 
@@ -252,7 +252,7 @@ class BiLM(nn.Module):
             self.characters = CharacterCNN(config)
         elif not config.tied:
             self.register_buffer("static", self.STD * torch.randn(size, P))
-        self.layers = nn.ModuleList(Layer(P, config.hidden) for _ in range(2))
+        self.layers = nn.ModuleList(Layer(P, config.hidden, P) for _ in range(2))
 
     @torch.no_grad()
     def start_from(self, vectors: dict[int, np.ndarray]) -> None:
@@ -444,6 +444,7 @@ class RowAdam:
 
 class Trainer:
     """The model, its optimizers and one training step; every random number of a step comes from (seed, step)."""
+    unit = "tokens"
 
     def __init__(self, config: Config, data: Data, device: torch.device):
         self.config, self.data, self.device = config, data, device
@@ -466,7 +467,7 @@ class Trainer:
         self.lengths = np.diff(data.encoded.tokens.offsets)[data.train]
         self.targets_per_epoch = 2 * int((self.lengths + 1).sum())
         self.start_epoch(0)
-        self.per_epoch = len(self.batches)
+        self.per_epoch = self.interval = len(self.batches)
         self.steps = round(config.epochs * self.per_epoch)
 
     def start_epoch(self, epoch: int) -> None:
@@ -474,11 +475,6 @@ class Trainer:
         generator = np.random.default_rng([self.config.seed, epoch])
         self.epoch, self.batches = epoch, batches(self.lengths, self.config.batch_tokens, generator)
         self.negatives.shuffle(epoch)
-
-    def rate(self, step: int) -> float:
-        """Share of the highest learning rate: a cosine to 1 %, at first held down by a linear warm-up."""
-        rise = max(1.0, self.config.warmup * self.steps)
-        return min((step + 1) / rise, 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / self.steps)))
 
     def masks(self, T: int, B: int, generator: torch.Generator) -> list[Tensor | None]:
         """Dropout of x, h_1, h_2, each (2, 1, B, P) and the same at every t; word dropout (2, T, B, 1) joins x's."""
@@ -516,11 +512,12 @@ class Trainer:
         norm = float(nn.utils.clip_grad_norm_(moved, self.config.clip))
         if not math.isfinite(norm + float(nats)):
             raise InputError(f"the loss is not finite at step {step}; start anew with a lower --lr and --table-lr")
-        self.adamw.param_groups[0]["lr"] = self.config.lr * self.rate(step)
+        share = rate(step, self.steps, self.config.warmup)
+        self.adamw.param_groups[0]["lr"] = self.config.lr * share
         self.adamw.step()
         self.adamw.zero_grad()
         for adam, part in zip(self.row_adams, (rows, bias), strict=True):
-            adam.update(at, part.grad, self.config.table_lr * self.rate(step))
+            adam.update(at, part.grad, self.config.table_lr * share)
         return float(nats), targets
 
     def identity(self) -> dict:
@@ -547,13 +544,14 @@ def train(trainer: Trainer, resume_file: Path | None = None, resume: bool = Fals
     `details(scores)` gives the word-prediction metrics of --report-every, which join the history.
     """
     config, data = trainer.config, trainer.data
-    def evaluate() -> tuple[float, dict]:
+    def evaluate(loss: float) -> tuple[float, dict]:
         """(mean nats a validation token, the history's entry); without such rows a number that later steps lower."""
+        entry = {"train_perplexity": math.exp(loss)}
         if not len(data.validation):
-            return -run.step, {}
+            return -run.step, entry
         wanted = details and config.report_every and run.step % (config.report_every * trainer.per_epoch) == 0
         scores = score_rows(trainer.model, data.encoded, data.validation, trainer.dtype, bool(wanted))
-        entry = {"validation_perplexity": scores.perplexity()} | ({"details": details(scores)} if wanted else {})
+        entry |= {"validation_perplexity": scores.perplexity()} | ({"details": details(scores)} if wanted else {})
         return float(np.log(scores.perplexity()).mean()), entry
 
     with Run(trainer, resume_file, resume) as run:
@@ -583,15 +581,21 @@ class ELMo:
         """The biLM of a file that `save` or ELMO.py wrote; InputError when it is missing, damaged or does not fit."""
         content = read_published(path, FORMAT, {"config", "words", "history", "metrics"})
         try:
-            config, words = Config(**content["config"]), Vocabulary(content["words"])
-            if words.words[:len(SPECIAL)] != SPECIAL or len(words) != len(content["weights"]["table"]):
-                raise ValueError("the vocabulary does not fit the weights")
-            with torch.device("meta"):      # no memory is taken for shapes that a file only claims to have
-                model = BiLM(config, len(words))
-            model.load_state_dict({name: value.float() for name, value in content["weights"].items()}, assign=True)
+            return cls.restored(content["config"], content["words"], content["weights"], device,
+                                content["history"], content["metrics"], content["digest"])
         except (TypeError, ValueError, KeyError, RuntimeError, AttributeError) as error:
             raise InputError(f"{path} does not fit together: {str(error).splitlines()[0]}") from None
-        return cls(config, words, model.to(device), content["history"], content["metrics"], content["digest"])
+
+    @classmethod
+    def restored(cls, knobs: dict, words: list[str], weights: dict[str, Tensor], device: str, *about) -> "ELMo":
+        """The biLM of a file's parts; what torch and Python raise where they do not fit."""
+        config, vocabulary = Config(**knobs), Vocabulary(words)
+        if words[:len(SPECIAL)] != SPECIAL or len(words) != len(weights["table"]):
+            raise ValueError("the vocabulary does not fit the weights")
+        with torch.device("meta"):          # no memory is taken for shapes that a file only claims to have
+            model = BiLM(config, len(words))
+        model.load_state_dict({name: value.float() for name, value in weights.items()}, assign=True)
+        return cls(config, vocabulary, model.to(device), *about)
 
     @classmethod
     def train(cls, texts: Sequence[str], config: Config | None = None, device: str | None = None) -> "ELMo":

@@ -5,6 +5,7 @@ PY      = $(VENV)/bin/python
 DEMO    = build/demo
 # Small enough for two cores and a few minutes; the published run is the bare command.
 SMALL   = --hidden 96 --validation 800 --epochs 5 --batch-tokens 800 --negatives 400 --lr 0.006 --table-lr 0.006
+HEADS   = --hidden 48 --epochs 4 --batch-tokens 800 --lr 0.004 --dropout 0.1
 
 .PHONY: help setup demo test kills lint train bench report clean
 
@@ -21,7 +22,7 @@ setup: $(VENV)/ready    ## virtual environment with the pinned packages
 demo: setup     ## both scripts on the built-in corpus, in minutes, no download
 	$(PY) data/sample.py --out $(DEMO)/corpus --rows 8000 --test-rows 1000 --seed 0
 	AG_NEWS_DIR=$(DEMO)/corpus $(PY) ELMO.py --out $(DEMO) $(SMALL)
-	@if [ -f classification.py ]; then AG_NEWS_DIR=$(DEMO)/corpus $(PY) classification.py --out $(DEMO) --bilstm $(DEMO)/bilstm.pt; fi
+	AG_NEWS_DIR=$(DEMO)/corpus $(PY) classification.py --out $(DEMO) --bilstm $(DEMO)/bilstm.pt $(HEADS)
 
 lint: setup     ## ruff
 	$(PY) -m ruff check .
@@ -32,8 +33,11 @@ test: lint      ## lint, then the test suite
 kills: setup    ## 20 SIGKILLs at random moments, each resumed, same weights bit for bit
 	$(PY) -m pytest tests/test_runs.py -k killed --kills 20
 
-train: setup    ## the published run: AG News to models/bilstm.pt
+train: setup    ## the published runs: AG News to models/*.pt and the baselines
 	$(PY) ELMO.py --resume
+	$(PY) classification.py --seeds 3 --resume
+	$(PY) classification.py --finetune --seeds 3 --resume
+	$(PY) report/baselines.py --seeds 3
 
 bench: setup    ## speed on this machine, to models/bench.json
 	$(PY) report/bench.py

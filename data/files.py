@@ -4,6 +4,7 @@ import io
 import json
 import os
 import signal
+import sys
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
@@ -43,14 +44,22 @@ def write_atomically(path: str | Path, write: Callable) -> None:
 
 
 def read_text(path: str | Path) -> str:
-    """A UTF-8 file's text; InputError when it cannot be read or decoded."""
+    """A UTF-8 file's text, or standard input's for "-"; InputError when it cannot be read or decoded."""
+    name = "standard input" if str(path) == "-" else path
     try:
-        return Path(path).read_bytes().decode("utf-8-sig")
+        content = sys.stdin.buffer.read() if str(path) == "-" else Path(path).read_bytes()
+        return content.decode("utf-8-sig")
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror})") from None
+        raise InputError(f"{name} cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         line = error.object[:error.start].count(b"\n") + 1
-        raise InputError(f"{path}, line {line}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+        raise InputError(f"{name}, line {line}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+
+
+def read_lines(path: str | Path) -> list[str]:
+    """The lines of read_text(path), without their ends; an end of line at the very end begins no further one."""
+    lines = read_text(path).split("\n")
+    return [line.removesuffix("\r") for line in (lines[:-1] if lines[-1] == "" else lines)]
 
 
 def read_checkpoint(path: str | Path, keys: set[str]) -> dict:
@@ -134,6 +143,22 @@ def read_resume(path: Path, identity: dict) -> dict:
     return torch.load(io.BytesIO(state), weights_only=True, map_location="cpu")
 
 
+def print_predictions(load: Callable, text: str, precision: str, as_json: bool) -> int:
+    """Prints label and probabilities of a text, or for "-" of each line of standard input; exit status 0.
+
+    `load()` gives the Classifier; where it takes pairs, a tab stands between the two texts.
+    """
+    lines = read_lines("-") if text == "-" else [text]
+    classifier = load()
+    texts = [tuple(line.split("\t")) for line in lines] if classifier.config.two_texts else lines
+    for line, found in zip(lines, classifier.predict(texts, precision), strict=True):
+        if as_json:
+            print(json.dumps({"text": line} | found, ensure_ascii=False))
+        else:
+            print(found["label"], *(f"{label} {p:.4f}" for label, p in found["probabilities"].items()), sep="\t")
+    return 0
+
+
 def write_npz(load: Callable, source: str | None, target: str | None, precision: str, wide: bool) -> int:
     """Writes `target`, a .npz of the lines of `source`: offsets (N + 1,), vectors (3, tokens, D); exit status 0.
 
@@ -147,8 +172,7 @@ def write_npz(load: Callable, source: str | None, target: str | None, precision:
         raise InputError(f"{target} cannot be written: the folder {parent} is missing")
     if Path(target).is_dir():
         raise InputError(f"{target} cannot be written: it is a folder")
-    lines = read_text(source).split("\n")
-    lines = [line.removesuffix("\r") for line in (lines[:-1] if lines[-1] == "" else lines)]
+    lines = read_lines(source)
     elmo = load()
     offsets = elmo.encode(lines).tokens.offsets
     shape = (3, int(offsets[-1]), 2 * elmo.config.output)

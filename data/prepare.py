@@ -176,6 +176,181 @@ def fresh_rows(known: Iterable[str], texts: Sequence[str], most: float = 0.2, n:
     return np.array([not row or sum(gram in seen for gram in row) <= most * len(row) for row in wanted], dtype=bool)
 
 
+# ------------------------------------------------------------------------------------------------------ tasks
+@dataclass
+class Part:
+    """Rows of one part of a task: texts, each a tuple of one or two strings, and labels (rows,) from 0."""
+    texts: list[tuple[str, ...]]
+    labels: np.ndarray
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[int, tuple[str, ...]]]) -> "Part":
+        return cls([texts for _, texts in rows], np.array([label for label, _ in rows], dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, rows: np.ndarray) -> "Part":
+        return Part([self.texts[i] for i in rows], self.labels[rows])
+
+
+@dataclass
+class Task:
+    """A classification task; fresh (test rows,) bool says which test rows are no near copies of training rows.
+
+    corpus: the training texts as a language model should read them, which are not always the rows of `train`.
+    """
+    name: str
+    labels: list[str]
+    train: Part
+    validation: Part
+    test: Part
+    corpus: list[str]
+    fresh: np.ndarray | None = None
+
+
+def joined(title: str, description: str) -> str:
+    """One text of a row's two fields."""
+    return f"{title} . {description}"
+
+
+def check_rows(texts: Sequence[str | tuple[str, str]], config) -> list[tuple[str, ...]]:
+    """What a user gives a classifier as rows of a Part; InputError for anything that is no text, or no pair."""
+    if not config.two_texts:
+        return [(text,) for text in check_texts(texts)]
+    pairs = list(texts)
+    for i, pair in enumerate(pairs):
+        if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise InputError(f"text {i} is {str(pair)[:40]!r}; expected two texts (on a line: a tab between)")
+    return [tuple(pair) if config.pair else (joined(*pair),) for pair in pairs]
+
+
+def ag_news_task(fields: str, validation: int, seed: int) -> Task:
+    """World, Sports, Business, Sci/Tech; validation rows are those that a biLM of this seed and size never saw."""
+    tables = [read_ag_news(part) for part in ("train", "test")]
+    if "title" in fields and not all(table.title.str.strip().any() for table in tables):
+        raise InputError(f"fields is {fields}, but {ag_news_folder()} has no titles; use --fields description")
+    known, test = (Part([(joined(*row) if "title" in fields else row[1],)
+                         for row in zip(table.title, table.description, strict=True)], table["class"].to_numpy() - 1)
+                   for table in tables)
+    rows, held_out = split(len(known), validation, seed)
+    train = known.take(rows)
+    return Task("ag_news", ["World", "Sports", "Business", "Sci/Tech"], train, known.take(held_out), test,
+                [text for text, in train.texts], fresh_rows(*(table.description for table in tables)))
+
+
+def task_folder(variable: str, files: Sequence[str], what: str) -> Path:
+    """The folder that an environment variable names, which holds these files."""
+    folder = Path(os.environ.get(variable) or "")
+    if not os.environ.get(variable):
+        raise InputError(f"${variable} is not set; set it to a folder with {', '.join(files)} ({what})")
+    for name in files:
+        if not (folder / name).is_file():
+            raise InputError(f"${variable} is {folder}, where {name} is missing; expected {', '.join(files)}")
+    return folder
+
+
+def read_trees(path: Path, phrases: bool, binary: bool) -> Part:
+    """Labelled texts of bracketed trees, one a line: (3 (2 It) (4 (2 's) (4 great))); the roots, or every phrase once.
+
+    binary: 0 and 1 are negative, 3 and 4 positive, and 2 (neutral) is left out.
+    """
+    rows = {}
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        found = spans(line)
+        if not found:
+            raise InputError(f"{path}, line {number}: {line.strip()[:40]!r} is no tree; expected (label words)")
+        rows |= dict.fromkeys(found) if phrases else {(*found[-1], number): None}
+    keep = {0: 0, 1: 0, 3: 1, 4: 1} if binary else {k: k for k in range(5)}
+    return Part.of([(keep[label], (text,)) for label, text, *_ in rows if label in keep])
+
+
+def spans(line: str) -> list[tuple[int, str]]:
+    """(label, text) of each phrase of a tree, inner ones first and the whole last; [] for a line that is no tree."""
+    brackets, open_phrases, out = {"-LRB-": "(", "-RRB-": ")"}, [], []
+    pieces = line.replace("(", " ( ").replace(")", " ) ").split()
+    for previous, piece in zip(["", *pieces], pieces, strict=False):
+        if piece == "(":
+            open_phrases.append([None, []])
+        elif not open_phrases:
+            return []
+        elif piece == ")":
+            label, words = open_phrases.pop()
+            if label is None or not words:
+                return []
+            out.append((label, " ".join(words)))
+            if open_phrases:
+                open_phrases[-1][1].extend(words)
+        elif previous == "(":
+            if piece not in {"0", "1", "2", "3", "4"}:
+                return []
+            open_phrases[-1][0] = int(piece)
+        else:
+            open_phrases[-1][1].append(brackets.get(piece, piece))
+    return out if not open_phrases and sum(piece == "(" for piece in pieces) == len(out) else []
+
+
+def sst_task(binary: bool, phrases: bool) -> Task:
+    """The Stanford Sentiment Treebank (Socher et al. 2013): roots, and in training every phrase too where asked."""
+    folder = task_folder("SST_DIR", ["train.txt", "dev.txt", "test.txt"], "bracketed trees, one a line")
+    train, validation, test = (read_trees(folder / f"{part}.txt", phrases and part == "train", binary)
+                               for part in ("train", "dev", "test"))
+    labels = ["negative", "positive"]
+    labels = labels if binary else [f"very {labels[0]}", labels[0], "neutral", labels[1], f"very {labels[1]}"]
+    sentences = [text for text, in read_trees(folder / "train.txt", False, False).texts]
+    return Task("sst2" if binary else "sst5", labels, train, validation, test, sentences)
+
+
+NLI_LABELS = ["entailment", "neutral", "contradiction"]
+
+
+def read_pairs(path: Path) -> Part:
+    """Rows of label, premise, hypothesis, separated by tabs, no header."""
+    rows = []
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        fields = line.rstrip("\r").split("\t")
+        if len(fields) != 3 or fields[0] not in NLI_LABELS:
+            raise InputError(f"{path}, line {number}: {line[:40]!r} is no row; expected label, premise and hypothesis "
+                             f"with a tab between, the label one of {', '.join(NLI_LABELS)}")
+        rows.append((NLI_LABELS.index(fields[0]), tuple(fields[1:])))
+    if not rows:
+        raise InputError(f"{path}: the file is empty; expected rows of label, premise, hypothesis")
+    return Part.of(rows)
+
+
+def nli_task(validation: int, seed: int) -> Task:
+    """MultiNLI (Williams et al. 2018): validation cut from its training rows; SNLI's training rows join the others."""
+    folder = task_folder("NLI_DIR", ["mnli_train_subset.tsv", "mnli_eval_easycl.tsv"], "label, premise, hypothesis")
+    known, test = read_pairs(folder / "mnli_train_subset.tsv"), read_pairs(folder / "mnli_eval_easycl.tsv")
+    rows, held_out = split(len(known), validation, seed)
+    train = known.take(rows)
+    if (folder / "snli_train_subset.tsv").is_file():
+        more = read_pairs(folder / "snli_train_subset.tsv")
+        train = Part(train.texts + more.texts, np.concatenate([train.labels, more.labels]))
+    return Task("nli", NLI_LABELS, train, known.take(held_out), test,
+                list(dict.fromkeys(text for pair in train.texts for text in pair)))
+
+
+def read_task(config, validation: int, seed: int) -> Task:
+    """The task of a classification.Config; validation and seed are those of the biLM, whose held-out rows stay so."""
+    if config.task == "ag_news":
+        task = ag_news_task(config.fields, validation, seed)
+    elif config.task == "nli":
+        task = nli_task(config.validation, config.seed)
+    else:
+        task = sst_task(config.task == "sst2", config.phrases)
+    if config.rows > len(task.train):
+        raise InputError(f"rows is {config.rows}, but the task has {len(task.train)} training rows")
+    if config.rows:
+        rows = np.random.default_rng([config.seed, 5]).permutation(len(task.train))[:config.rows]
+        task.train = task.train.take(np.sort(rows))
+    return task
+
+
 # ------------------------------------------------------------------------------------------------- tokenizing
 @dataclass
 class Tokens:
@@ -318,6 +493,43 @@ def word2vec(data, size: int, epochs: int, seed: int) -> dict[int, np.ndarray]:
                 yield lookup[tokens.ids[tokens.offsets[row]:tokens.offsets[row + 1]]].tolist()
     vectors = Word2Vec(Sentences(), vector_size=size, min_count=1, workers=1, seed=seed, epochs=epochs, negative=10).wv
     return {i: vectors[i] for i in range(len(data.words)) if i in vectors.key_to_index}
+
+
+def static_vectors(kind: str, data, size: int, epochs: int, seed: int) -> np.ndarray:
+    """(V, size) float32 of unit variance, one vector per word of a data.text.Data, for --vectors word2vec or svd."""
+    if kind == "word2vec":
+        table = np.zeros((len(data.words), size), dtype=np.float32)
+        for word, vector in word2vec(data, size, epochs, seed).items():
+            table[word] = vector
+    else:
+        table = svd(data, size, seed)
+    return table / max(table.std(), 1e-12)
+
+
+def svd(data, size: int, seed: int, window: int = 5) -> np.ndarray:
+    """(V, size) left singular vectors times the values' roots, of the words' positive pointwise mutual information.
+
+    Counted over all pairs of words at most `window` apart in a training row (Levy, Goldberg and Dagan 2015), by
+    scikit-learn's TruncatedSVD.
+    """
+    from scipy.sparse import coo_matrix, diags
+    from sklearn.decomposition import TruncatedSVD
+    tokens, V = data.encoded.tokens, len(data.words)
+    inside = np.zeros(len(tokens), dtype=bool)
+    inside[data.train] = True
+    row = np.repeat(np.arange(len(tokens)), np.diff(tokens.offsets))
+    ids, row = data.encoded.lookup[tokens.ids][inside[row]], row[inside[row]]
+    counts = coo_matrix((V, V), dtype=np.float64).tocsr()
+    for apart in range(1, window + 1):
+        same = row[apart:] == row[:-apart]
+        counts += coo_matrix((np.ones(int(same.sum())), (ids[:-apart][same], ids[apart:][same])), shape=(V, V)).tocsr()
+    counts = counts + counts.T
+    total, sums = counts.sum(), np.asarray(counts.sum(axis=1)).ravel()
+    pmi = (diags(1 / np.maximum(sums, 1)) @ counts @ diags(1 / np.maximum(sums, 1)) * total).tocsr()
+    pmi.data = np.maximum(np.log(np.maximum(pmi.data, 1e-12)), 0)
+    pmi.eliminate_zeros()
+    found = TruncatedSVD(min(size, V - 1), random_state=seed).fit(pmi)
+    return (found.transform(pmi) / np.sqrt(np.maximum(found.singular_values_, 1e-12))).astype(np.float32)
 
 
 def main() -> int:

@@ -15,16 +15,18 @@ from data.machine import sum_over_processes
 
 
 class Progress:
-    """A bar of steps with loss, perplexity, items a second and time left, and a log line every so many steps.
+    """A bar of steps with loss, items a second and time left, and a log line every so many steps.
+
+    Items are what the trainer counts: a language model's target tokens, whose perplexity is shown too, or rows.
 
     Nothing is shown on other processes than the first. A log file gets a bar line a minute, a terminal ten a second.
     """
 
-    def __init__(self, steps: int, done: int, every: int, shown: bool):
+    def __init__(self, steps: int, done: int, every: int, shown: bool, unit: str):
         terminal = sys.stderr.isatty()
         self.bar = tqdm(total=steps, initial=done, unit="step", disable=not shown, smoothing=0.05,
                         mininterval=0.1 if terminal else 60, dynamic_ncols=terminal)
-        self.every, self.steps, self.done, self.shown = every, steps, done, shown
+        self.every, self.steps, self.done, self.shown, self.unit = every, steps, done, shown, unit
         self.start()
 
     def start(self) -> None:
@@ -32,17 +34,18 @@ class Progress:
         self.since, self.items, self.loss, self.begin = time.perf_counter(), 0, 0.0, self.done
 
     def step(self, loss: float, items: int, per_epoch: int) -> None:
-        """Counts a step of `items` targets whose summed loss in nats is `loss`."""
+        """Counts a step of `items` tokens or rows whose summed loss in nats is `loss`."""
         self.done, self.items, self.loss = self.done + 1, self.items + items, self.loss + loss
         seconds = max(time.perf_counter() - self.since, 1e-9)
         nats, rate = self.loss / max(1, self.items), self.items / seconds
-        self.bar.set_postfix_str(f"loss {nats:.3f}, perplexity {math.exp(min(nats, 50)):.1f}, {rate:,.0f} tokens/s",
-                                 refresh=False)
+        figures = f"loss {nats:.3f}  {rate:,.0f} {self.unit}/s"
+        if self.unit == "tokens":
+            figures += f"  perplexity {math.exp(min(nats, 50)):.1f}"
+        self.bar.set_postfix_str(figures, refresh=False)
         self.bar.update()
         if self.done % self.every == 0:
             left = seconds / (self.done - self.begin) * (self.steps - self.done)
-            self.write(f"step {self.done:,} of {self.steps:,}  epoch {self.done / per_epoch:.2f}  loss {nats:.3f}  "
-                       f"perplexity {math.exp(min(nats, 50)):.1f}  {rate:,.0f} tokens/s  "
+            self.write(f"step {self.done:,} of {self.steps:,}  epoch {self.done / per_epoch:.2f}  {figures}  "
                        f"{tqdm.format_interval(left)} left")
             self.start()
 
@@ -52,12 +55,18 @@ class Progress:
             sys.stdout.flush()
 
 
+def rate(step: int, steps: int, warmup: float) -> float:
+    """Share of the highest learning rate: a cosine to 1 %, at first held down by a linear warm-up."""
+    return min((step + 1) / max(1.0, warmup * steps), 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
 class Run:
     """A training run that can be stopped and resumed: its counters, clock, history, best weights and resume file.
 
-    The trainer has steps, per_epoch, config (log_every, save_every), rank, device, model, identity(), state() and
-    load_state(state). `seconds` counts steps alone, `wall` everything, both over all resumed parts. Nothing of a
-    step depends on when a state is written, so that a killed run ends with the weights of one that was not.
+    The trainer has steps, per_epoch, interval (steps between evaluations), unit ("tokens" or "rows"), config (with
+    log_every, save_every), rank, device, model, identity(), state() and load_state(state). `seconds` counts steps
+    alone, `wall` everything, both over all resumed parts. Nothing of a step depends on when a state is written, so
+    that a killed run ends with the weights of one that was not.
     """
     KEPT = ("step", "seconds", "wall", "loss", "items", "lowest", "best", "history")
 
@@ -75,7 +84,7 @@ class Run:
 
     def __enter__(self) -> "Run":
         config, first = self.trainer.config, self.trainer.rank == 0
-        self.progress = Progress(self.trainer.steps, self.step, config.log_every, first)
+        self.progress = Progress(self.trainer.steps, self.step, config.log_every, first, self.trainer.unit)
         self.requests = ExitStack()
         self.request = self.requests.enter_context(stop_request())
         return self
@@ -98,23 +107,23 @@ class Run:
         return self.step == self.trainer.steps
 
     def due(self, step: int) -> bool:
-        """Whether the weights before this step are to be evaluated: at the end of an epoch, once."""
-        ends = step == self.trainer.steps or step % self.trainer.per_epoch == 0
+        """Whether the weights before this step are to be evaluated: at the end of each interval, once."""
+        ends = step == self.trainer.steps or step % self.trainer.interval == 0
         return ends and step > (self.history[-1]["step"] if self.history else 0)
 
-    def keep(self, evaluate: Callable[[], tuple[float, dict]]) -> None:
+    def keep(self, evaluate: Callable[[float], tuple[float, dict]]) -> None:
         """Adds an evaluation to the history, and the weights where its first number is the lowest so far.
 
-        `evaluate` returns the number by which weights are chosen and an entry; the clock stops meanwhile.
+        `evaluate(training loss per item since the last one)` returns the number by which weights are chosen and an
+        entry; the clock stops meanwhile.
         """
         self.seconds += time.perf_counter() - self.clock
-        number, entry = evaluate()
+        number, entry = evaluate(self.loss / max(1, self.items))
         if number < self.lowest:
             self.lowest = number
             self.best = {name: value.clone() for name, value in self.trainer.model.state_dict().items()}
         self.history.append({"step": self.step, "epoch": round(self.step / self.trainer.per_epoch, 3),
-                             "seconds": round(self.seconds, 1),
-                             "train_perplexity": math.exp(self.loss / max(1, self.items))} | entry)
+                             "seconds": round(self.seconds, 1)} | entry)
         self.loss, self.items = 0.0, 0
         self.progress.write(json.dumps(self.history[-1]))
         self.progress.start()

@@ -90,15 +90,74 @@ def words_confused(result: dict):
     return figure
 
 
+def classification(result: dict, out: Path, stem: str) -> None:
+    """Confusion matrices of train and test rows per setting, and learning curves, of a classification JSON."""
+    begin = f"{stem}_" if stem else ""
+    for setting in result["settings"]:
+        for part in ("train", "test"):
+            save(classes_confused(result, setting, part), out / f"confusion_{begin}{setting}_{part}.png")
+    save(learning(result), out / f"curves_{stem or 'classification'}.png")
+
+
+def classes_confused(result: dict, setting: str, part: str):
+    """Confusion matrix of the seeds' mean probabilities: counts, and percent of each gold class."""
+    labels, numbers = result["labels"], result["settings"][setting][part]
+    counts = np.array(numbers["together"]["confusion"])
+    share = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    figure, axes = new_figure(1.15 * len(labels) + 1.6, len(labels) + 1.2)
+    image = axes.imshow(share, cmap="cividis", vmin=0, vmax=100)
+    axes.spines[:].set_visible(False)
+    axes.set_xticks(range(len(labels)), labels, fontsize=8, rotation=20 if len(labels) > 4 else 0)
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    for i in range(len(labels)):
+        for j in range(len(labels)):
+            axes.text(j, i, f"{counts[i, j]:,}\n{share[i, j]:.1f} %", ha="center", va="center", fontsize=8,
+                      color="black" if share[i, j] > 55 else "white")
+    axes.set(xlabel="predicted class", ylabel="gold class")
+    off = counts - np.diag(np.diag(counts))
+    i, j = np.unravel_index(off.argmax(), off.shape)
+    worst = f"most often {labels[i]} is taken for {labels[j]}" if off.any() else "no row is mistaken"
+    axes.set_title(f"{setting}, {part} rows: {numbers['together']['accuracy']:.2%} right;\n"
+                   f"{worst} (n = {counts.sum():,})", fontsize=9)
+    figure.colorbar(image, ax=axes, shrink=0.8, label="percent of the gold class")
+    return figure
+
+
+def learning(result: dict):
+    """Accuracy on the validation rows of every setting, mean over seeds, with the range of the seeds."""
+    figure, axes = new_figure(6.4, 4)
+    best = []
+    for setting, colour, marker in zip(result["settings"], (BLUE, ORANGE, GREEN), "os^", strict=False):
+        epochs = [entry["epoch"] for entry in result["history"][0]]
+        values = 100 * np.array([[a for run in result["history"] for a in run[i]["validation"][setting]["accuracy"]]
+                                 for i in range(len(epochs))])                  # (evaluations, seeds)
+        axes.plot(epochs, values.mean(axis=1), marker + "-", color=colour, label=setting)
+        axes.fill_between(epochs, values.min(axis=1), values.max(axis=1), color=colour, alpha=0.15, linewidth=0)
+        best.append((values.mean(axis=1)[-1], setting))
+    axes.set(xlabel="epoch (passes over the training rows)", ylabel="accuracy on the validation rows (%)")
+    last = result["settings"][max(best)[1]]["validation"]["together"]["rows"]
+    axes.set_title(f"Validation accuracy ends at {max(best)[0]:.1f} % with {max(best)[1]} (n = {last:,} rows, "
+                   f"{values.shape[1]} seed{'s' if values.shape[1] > 1 else ''})", fontsize=10)
+    axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
 @script("figures.py")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0, 2 where the JSON is missing or is not what ELMO.py writes."""
+    """Exit status 0, 2 where there is no JSON or one is not what the scripts write."""
     argv = sys.argv[1:] if argv is None else argv
     folder = Path(argv[0]) if argv else Path(__file__).resolve().parent.parent / "models"
-    try:
-        pretraining(json.loads(read_text(folder / "pretraining.json")), folder)
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise InputError(f"{folder / 'pretraining.json'} is not what ELMO.py writes ({error}); run it again") from None
+    for path in sorted(folder.glob("*.json")) or [folder / "pretraining.json"]:
+        try:
+            result = json.loads(read_text(path))
+            if path.stem == "pretraining":
+                pretraining(result, folder)
+            elif "settings" in result:
+                classification(result, folder, path.stem.replace("classification", ""))
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{path} is not what the scripts write ({error!r}); run them again") from None
     print(f"drew the figures of {folder}")
     return 0
 

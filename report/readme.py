@@ -59,7 +59,59 @@ def bench(r: dict) -> str:
     return "\n".join(lines)
 
 
-BLOCKS: dict[str, Callable[[dict], str]] = {"pretraining": pretraining, "bench": bench}
+def share(number: dict) -> str:
+    """91.23 ± 0.10, in percent; without a deviation the mean alone."""
+    deviation = number["deviation"]
+    return f"{100 * number['mean']:.2f}" + ("" if deviation is None else f" ± {100 * deviation:.2f}")
+
+
+def made(r: dict) -> str:
+    """How a classification JSON came about."""
+    bf16 = "with" if r["machine"]["bf16_hardware"] else "without"
+    return (f"Made by `{r['command']}` in {r['minutes']:.0f} minutes on {r['machine']['cores']} cores "
+            f"({r['machine']['device']}, {bf16} bf16 hardware).")
+
+
+def classification(r: dict) -> str:
+    """Accuracy and macro-F1 of each setting, its layer weights, and how they were made."""
+    rows = {part: r["settings"][next(iter(r["settings"]))][part]["together"]["rows"] for part in ("train", "test")}
+    lines = [f"| setting | train ({rows['train']:,} rows) | validation | test ({rows['test']:,} rows) | test, fresh "
+             "| macro-F1, test | calibration error | together | s_0, s_1, s_2; gamma |", "|---|" + "--:|" * 8]
+    for setting, n in r["settings"].items():
+        test = n["test"]
+        mix = "learned"
+        if n["s"]:
+            mix = f"{', '.join(f'{w:.2f}' for w in n['s'][n['best']])}; {n['gamma'][n['best']]:.2f}"
+        fresh = share(test["fresh"]["accuracy"]) if "fresh" in test else "-"
+        lines.append("| " + " | ".join([
+            setting, share(n["train"]["accuracy"]), share(n["validation"]["accuracy"]), share(test["accuracy"]), fresh,
+            f"{test['macro_f1']['mean']:.4f}", f"{test['together']['calibration_error']:.3f}",
+            f"{100 * test['together']['accuracy']:.2f}", mix]) + " |")
+    seeds = len(r["settings"][next(iter(r["settings"]))]["test"]["seeds"])
+    return "\n".join(lines) + f"\n\nAccuracy in percent, mean{' ± deviation' * (seeds > 1)} of {seeds} seed" \
+        f"{'s' * (seeds > 1)}; *together* is the mean of the seeds' probabilities. {made(r)}"
+
+
+def baselines(r: dict) -> str:
+    """Every system's accuracy, and its difference from Word2Vec and TF-IDF with exact McNemar tests."""
+    lines = ["| system | validation | test | test, fresh | together | against Word2Vec | against TF-IDF |",
+             "|---|--:|--:|--:|--:|--:|--:|"]
+    for name, n in r["rows"].items():
+        against = [f"{100 * a['difference']:+.2f} ({100 * a['interval'][0]:+.2f} to {100 * a['interval'][1]:+.2f}), "
+                   f"p = {a['p']:.1g}" if a else "" for a in (n["against"].get(key) for key in ("word2vec", "tfidf"))]
+        lines.append("| " + " | ".join([
+            NAMES.get(name, f"ELMo, {name}"), share(n["validation"]), share(n["test"]),
+            share(n["fresh"]) if n["fresh"] else "-", f"{100 * n['together']:.2f}", *against]) + " |")
+    return "\n".join(lines) + f"\n\nAccuracy in percent. Differences are those of *together* on all test rows, with " \
+        f"95 % bootstrap intervals; p is of the exact two-sided McNemar test. Made by `{r['command']}`."
+
+
+NAMES = {"tfidf": "linear TF-IDF", "word2vec": "Word2Vec", "svd": "SVD", "layer0": "layer 0 alone",
+         "layer2": "top layer alone", "average": "plain average of the layers", "untrained": "untrained biLM",
+         "finetuned": "ELMo, fine-tuned"}
+BLOCKS: dict[str, Callable[[dict], str]] = {
+    "pretraining": pretraining, "bench": bench, "baselines": baselines,
+    **dict.fromkeys(("classification", "finetuned", "titled", "sst2", "sst5", "nli"), classification)}
 
 
 def filled(readme: str, folder: Path) -> str:

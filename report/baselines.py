@@ -1,0 +1,159 @@
+"""Baselines of the AG News classifier, and which differences are more than chance: models/baselines.json.
+
+    linear TF-IDF           words and pairs of words, its knobs chosen on the validation rows (scikit-learn)
+    word2vec, svd           one vector per word from the same training rows, under the same head
+    layer0, layer2, average, untrained      parts of the biLM, or one with random weights, under the same head
+
+`python report/baselines.py [--out DIR] [--seeds 3] [knobs of classification.py]` trains them (about an hour on two
+cores; finished ones are kept in build/baselines and not trained again) and puts them beside DIR's classification.json
+and finetuned.json. JSON: command, machine, minutes, and
+    rows.{name}: seeds, accuracy {mean, deviation} over them on validation and test rows, fresh (test), together
+        (accuracy of the seeds' mean probabilities on test rows), minutes; against.{word2vec, tfidf}: difference in test
+        accuracy of `together` with its 95 % bootstrap interval, only_this and only_that (rows that one alone has
+        right), p (exact McNemar); of tfidf: tried (accuracy on validation rows by knobs)
+"""
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.stats import binomtest
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.svm import LinearSVC
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # run as `python report/baselines.py`
+
+import classification
+from data.files import read_text, write_json
+from data.knobs import script, script_arguments
+from data.machine import machine
+from data.prepare import Task, ag_news_task
+from ELMO import ELMo
+
+ROOT = Path(__file__).resolve().parent.parent
+VECTORS = ("word2vec", "svd", "layer0", "layer2", "average", "untrained")
+TRIED = [(model, C, ngrams) for ngrams in (1, 2) for model, C in (
+    ("svm", 0.1), ("svm", 0.3), ("svm", 1.0), ("logistic", 3.0), ("logistic", 10.0), ("logistic", 30.0))]
+
+
+def mcnemar(right: np.ndarray, other: np.ndarray) -> dict:
+    """Exact two-sided McNemar test of two systems' hits (rows,) bool, and a paired bootstrap of their difference.
+
+    Under the null hypothesis a row that only one of them has right is either's with probability 1/2.
+    """
+    this, that = int((right & ~other).sum()), int((other & ~right).sum())
+    gap = right.astype(float) - other
+    drawn = np.random.default_rng(0).multinomial(len(gap), np.full(len(gap), 1 / len(gap)), size=2_000)
+    return {"difference": float(gap.mean()), "interval": np.percentile(drawn @ gap / len(gap), [2.5, 97.5]).tolist(),
+            "only_this": this, "only_that": that, "p": binomtest(this, this + that).pvalue if this + that else 1.0}
+
+
+def tfidf(task: Task) -> tuple[dict, np.ndarray]:
+    """(row, predictions on test rows) of the linear classifier whose knobs are best on the validation rows."""
+    texts = {part: [text for text, in getattr(task, part).texts] for part in ("train", "validation", "test")}
+    fitted, tried = {}, {}
+    for kind, C, ngrams in TRIED:
+        if ngrams not in fitted:
+            vectorizer = TfidfVectorizer(ngram_range=(1, ngrams), sublinear_tf=True, min_df=2)
+            fitted[ngrams] = vectorizer.fit_transform(texts["train"]), vectorizer
+        x, vectorizer = fitted[ngrams]
+        model = LinearSVC(C=C, random_state=0) if kind == "svm" else LogisticRegression(C=C, max_iter=200)
+        model.fit(x, task.train.labels)
+        accuracy = model.score(vectorizer.transform(texts["validation"]), task.validation.labels)
+        tried[f"{kind}, C {C:g}, 1-{ngrams}-grams"] = float(accuracy)
+        print(f"TF-IDF {kind}, C {C:g}, 1-{ngrams}-grams: {accuracy:.2%} of validation rows", flush=True)
+        if accuracy >= max(tried.values()):
+            best = model, vectorizer
+    found = best[0].predict(best[1].transform(texts["test"]))
+    hit = found == task.test.labels
+    one = {"deviation": None}
+    return {"tried": tried, "seeds": 1, "validation": {"mean": max(tried.values())} | one,
+            "test": {"mean": float(hit.mean())} | one, "together": float(hit.mean()),
+            "fresh": {"mean": float(hit[task.fresh].mean())} | one if task.fresh.any() else None}, found
+
+
+def row(result: dict, setting: str) -> tuple[dict, np.ndarray]:
+    """(row, predictions on test rows) of one setting of a classification JSON."""
+    numbers = result["settings"][setting]
+    test = numbers["test"]
+    return {"seeds": len(test["seeds"]), "validation": numbers["validation"]["accuracy"], "test": test["accuracy"],
+            "together": test["together"]["accuracy"], "fresh": test["fresh"]["accuracy"] if "fresh" in test else None,
+            "minutes": result["minutes"]}, np.array(list(numbers["predictions"]), dtype=int)
+
+
+def finished(path: Path, digest: str, wanted: dict) -> dict | None:
+    """The JSON of a run that was made with these knobs on this biLM."""
+    if not path.exists():
+        return None
+    result = json.loads(read_text(path))
+    return result if result["bilm"] == digest and wanted.items() <= result["config"].items() else None
+
+
+@script("baselines.py")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 0, 2 for an input that the user can mend, 130 after Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    config, options = script_arguments(argv, classification.Config, "baselines.py", __doc__, ROOT / "models", {
+        "--bilstm": {"metavar": "FILE", "type": Path, "default": ROOT / "models" / "bilstm.pt", "help": "the biLM"},
+        "--build": {"metavar": "DIR", "type": Path, "default": ROOT / "build" / "baselines",
+                    "help": "folder of the runs (default build/baselines)"}})
+    begin, elmo = time.perf_counter(), ELMo.load(options.bilstm)
+    task = ag_news_task("description", elmo.config.validation, elmo.config.seed)
+    rows, found = {}, {}
+    rows["tfidf"], found["tfidf"] = tfidf(task)
+    knobs = without([word for word in argv if word != "--resume"], "--out", "--build")
+    for kind in VECTORS:
+        path = options.build / f"{kind}.json"
+        wanted = {**vars(config), "vectors": kind, "setting": "trainable"}
+        if finished(path, elmo.digest, wanted) is None:
+            print(f"training the head on {kind}", flush=True)
+            status = classification.main([*knobs, "--out", str(options.build), "--vectors", kind,
+                                          "--setting", "trainable", "--resume"])
+            if status:
+                return status
+        rows[kind], found[kind] = row(json.loads(read_text(path)), "trainable")
+    for name in ("classification", "finetuned"):
+        if (options.out / f"{name}.json").exists():
+            result = json.loads(read_text(options.out / f"{name}.json"))
+            for setting in result["settings"]:
+                key = "finetuned" if name == "finetuned" else setting
+                rows[key], found[key] = row(result, setting)
+    for key, numbers in rows.items():
+        numbers["against"] = {other: mcnemar(found[key] == task.test.labels, found[other] == task.test.labels)
+                              for other in ("word2vec", "tfidf") if other != key}
+    write_json(options.out / "baselines.json", {
+        "command": " ".join(["python", "report/baselines.py", *argv]), "machine": machine(torch.device("cpu")),
+        "minutes": (time.perf_counter() - begin) / 60, "bilm": elmo.digest, "rows": rows})
+    print(table(rows))
+    return 0
+
+
+def without(argv: list[str], *flags: str) -> list[str]:
+    """The arguments without these flags and their values."""
+    out, skip = [], False
+    for word in argv:
+        if not skip and word not in flags:
+            out.append(word)
+        skip = not skip and word in flags
+    return out
+
+
+def table(rows: dict) -> str:
+    """Lines to print."""
+    lines = [f"{'accuracy':<12}{'validation':>11}{'test':>9}{'deviation':>11}{'fresh':>9}{'seeds together':>16}"
+             "   against word2vec, tfidf"]
+    for name, r in rows.items():
+        deviation = "-" if r["test"]["deviation"] is None else f"{r['test']['deviation']:.2%}"
+        against = "; ".join(f"{a['difference']:+.2%} p {a['p']:.1e}" for a in r["against"].values())
+        fresh = f"{r['fresh']['mean']:.2%}" if r["fresh"] else "-"
+        lines.append(f"{name:<12}{r['validation']['mean']:>11.2%}{r['test']['mean']:>9.2%}"
+                     f"{deviation:>11}{fresh:>9}{r['together']:>16.2%}   {against}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

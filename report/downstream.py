@@ -1,0 +1,91 @@
+"""The numbers of classification.py: every setting on training, validation and test rows, their table and JSON.
+
+OUT/{classification, finetuned, titled, sst5, word2vec, ..}.json, by the run's knobs:
+    command, config, versions, machine, minutes (from command to file), peak_memory_gb, task, labels, bilm (digest)
+    history [of each run: {step, epoch, seconds, train_loss, validation.{setting}: {loss, accuracy} per seed}]
+    settings.{setting}: s, gamma (per seed; none for `function`), parameters, best (number of the seed that is best on
+        validation rows), predictions (test rows' label numbers by the seeds' mean probabilities, a digit a row) and
+        for train (10,000 of its rows), validation and test:
+            accuracy, macro_f1: {mean, deviation} over seeds    seeds: [classification.metrics of each]
+            together: classification.metrics of the seeds' mean probabilities
+            fresh (AG News test): rows, accuracy, macro_f1 as above, and together: {accuracy}
+"""
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from data.files import write_json
+from data.machine import machine, peak_memory_gb, versions
+from data.prepare import Task
+from report import figures
+
+SAMPLE = 10_000     # training rows that are measured
+
+
+def summary(p: np.ndarray, gold: np.ndarray, labels: Sequence[str], metrics: Callable) -> dict:
+    """Metrics of S seeds' probabilities p (S, N, C), as the schema above says."""
+    seeds = [metrics(each, gold, labels) for each in p]
+    out = {"seeds": seeds, "together": metrics(p.mean(axis=0), gold, labels)}
+    for key in ("accuracy", "macro_f1"):
+        values = [seed[key] for seed in seeds]
+        deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        out[key] = {"mean": float(np.mean(values)), "deviation": deviation}
+    return out
+
+
+def measure(runs: list, task: Task, metrics: Callable) -> dict:
+    """A result without what `publish` adds, from finished runs whose trainers hold the weights to be measured."""
+    trainer = runs[0].trainer
+    config, parts = trainer.config, trainer.parts
+    sample = np.sort(np.random.default_rng([config.seed, 4]).permutation(len(task.train))[:SAMPLE])
+    result = {"config": asdict(config), "machine": machine(trainer.device), "task": task.name, "labels": task.labels,
+              "history": [run.history for run in runs], "settings": {}}
+    for setting in config.settings:
+        result["settings"][setting] = {"s": [], "gamma": []}
+    for name, gold, rows in (("train", task.train.labels[sample], sample), ("validation", task.validation.labels, None),
+                             ("test", task.test.labels, None)):
+        found = [run.trainer.probabilities(parts[name], rows) for run in runs]
+        for setting, numbers in result["settings"].items():
+            p = np.concatenate([each[setting].numpy() for each in found])           # (S, N, C)
+            numbers[name] = summary(p, gold, task.labels, metrics)
+            if name == "test":
+                numbers["predictions"] = "".join(map(str, p.mean(axis=0).argmax(axis=1)))
+            if name == "test" and task.fresh is not None and task.fresh.any():
+                part = summary(p[:, task.fresh], gold[task.fresh], task.labels, metrics)
+                numbers["test"]["fresh"] = {"rows": int(task.fresh.sum()), "accuracy": part["accuracy"],
+                                            "macro_f1": part["macro_f1"],
+                                            "together": {"accuracy": part["together"]["accuracy"]}}
+    for setting, numbers in result["settings"].items():
+        heads = [run.trainer.model[setting] for run in runs]
+        for head in heads if hasattr(heads[0].mix, "gamma") else []:
+            numbers["s"] += head.mix.s().tolist()
+            numbers["gamma"] += head.mix.gamma[:, 0].tolist()
+        numbers["parameters"] = sum(value.numel() for value in heads[0].state_dict().values()) // heads[0].S
+        numbers["best"] = int(np.argmax([seed["accuracy"] for seed in numbers["validation"]["seeds"]]))
+    return result
+
+
+def publish(result: dict, out: Path, stem: str, seconds: float) -> None:
+    """Figures and JSON of a result that took so many seconds from the command on."""
+    result |= {"command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "versions": versions()}
+    figures.classification(result, out, stem)
+    result |= {"minutes": seconds / 60, "peak_memory_gb": peak_memory_gb()}
+    write_json(out / f"{stem or 'classification'}.json", result)
+    print(table(result))
+
+
+def table(result: dict) -> str:
+    """Accuracies and layer weights of a result as lines to print."""
+    lines = [f"{'accuracy':<12}{'train':>9}{'validation':>12}{'test':>9}{'deviation':>11}{'fresh rows':>12}"
+             f"{'macro-F1':>10}   layers s, gamma"]
+    for setting, r in result["settings"].items():
+        test, deviation = r["test"], r["test"]["accuracy"]["deviation"]
+        fresh = f"{test['fresh']['accuracy']['mean']:.2%}" if "fresh" in test else "-"
+        mix = "; ".join(f"{' '.join(f'{w:.2f}' for w in s)}, {g:.2f}" for s, g in zip(r["s"], r["gamma"], strict=True))
+        lines.append(f"{setting:<12}{r['train']['accuracy']['mean']:>9.2%}{r['validation']['accuracy']['mean']:>12.2%}"
+                     f"{test['accuracy']['mean']:>9.2%}{'-' if deviation is None else f'{deviation:.2%}':>11}"
+                     f"{fresh:>12}{test['macro_f1']['mean']:>10.4f}   {mix}")
+    return "\n".join(lines)
