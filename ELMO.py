@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.files import InputError, read_published, write_npz, write_published
+from data.files import InputError, fitting, read_published, write_npz, write_published
 from data.knobs import check_knobs, knob, script, script_arguments
 from data.machine import compute_dtype, default_device, fast_bf16, join_processes, sum_over_processes
 from data.prepare import CACHE, check_texts, read_ag_news, split, word2vec
@@ -149,9 +149,8 @@ class LSTM(torch.autograd.Function):
         [i f o u] = W_x x_t + W_h h_t-1 + b
         c_t = sigmoid(f) c_t-1 + sigmoid(i) tanh(u)         h_t = W_p sigmoid(o) tanh(c_t)
 
-    (Hochreiter and Schmidhuber 1997, projection of Sak et al. 2014). The K directions are the first dimension of
-    every batched product. Written out because what does not depend on the previous step (W_x x, all weights' gradients)
-    is one large product over all T then, and torch's projected LSTM has no fast CPU path. The states c are fp32.
+    (Hochreiter and Schmidhuber 1997, projection of Sak et al. 2014). Written out because what does not depend on the
+    previous step (W_x x, all weights' gradients) is then one large product over all T. The states c are fp32.
     """
 
     @staticmethod
@@ -165,12 +164,12 @@ class LSTM(torch.autograd.Function):
         cell_out = x.new_empty(K, T, B, H)
         h = cell_out if w_p is None else x.new_empty(K, T, B, w_p.shape[1])
         for t in range(T):
-            gate = gates[:, t]                                              # (2, B, 4H)
+            gate = gates[:, t]                                              # (K, B, 4H)
             if t:
                 gate.baddbmm_(h[:, t - 1], w_h.transpose(1, 2))
             gate[..., :3 * H].sigmoid_()
             gate[..., 3 * H:].tanh_()
-            i, f, o, u = (part.float() for part in gate.chunk(4, dim=-1))   # (2, B, H) each
+            i, f, o, u = (part.float() for part in gate.chunk(4, dim=-1))   # (K, B, H) each
             new = c[:, t % kept]
             torch.mul(f, c[:, (t - 1) % kept], out=new).addcmul_(i, u) if t else torch.mul(i, u, out=new)
             torch.tanh(new, out=tanh_c[:, t % kept])
@@ -189,10 +188,10 @@ class LSTM(torch.autograd.Function):
         dprojected = None if w_p is None else torch.empty_like(h)           # all T steps' gradient of h, for W_p's
         dc = dnext = None
         for t in reversed(range(x.shape[1])):
-            dout = dh[:, t] if dnext is None else dh[:, t] + dnext          # (2, B, P)
+            dout = dh[:, t] if dnext is None else dh[:, t] + dnext          # (K, B, P)
             if w_p is not None:
                 dprojected[:, t] = dout
-                dout = torch.bmm(dout, w_p)                                 # (2, B, H)
+                dout = torch.bmm(dout, w_p)                                 # (K, B, H)
             i, f, o, u = (part.float() for part in gates[:, t].chunk(4, dim=-1))
             dout, k = dout.float(), tanh_c[:, t]
             through = dout * o
@@ -210,12 +209,13 @@ class LSTM(torch.autograd.Function):
                 df.zero_()
             if step.dtype != dgates.dtype:
                 dgates[:, t] = step
-            dnext = torch.bmm(dgates[:, t], w_h) if t else None             # (2, B, P)
-        flat = dgates.flatten(1, 2)                                         # (2, T B, 4H)
+            dnext = torch.bmm(dgates[:, t], w_h) if t else None             # (K, B, P)
+        flat = dgates.flatten(1, 2)                                         # (K, T B, 4H)
         dw_x = torch.bmm(flat.transpose(1, 2), x.flatten(1, 2))
         dw_h = torch.bmm(dgates[:, 1:].flatten(1, 2).transpose(1, 2), h[:, :-1].flatten(1, 2))
         dw_p = None if w_p is None else torch.bmm(dprojected.flatten(1, 2).transpose(1, 2), cell_out.flatten(1, 2))
-        return torch.bmm(flat, w_x).view_as(x), dw_x, dw_h, flat.sum(dim=1), dw_p
+        dx = torch.bmm(flat, w_x).view_as(x) if ctx.needs_input_grad[0] else None
+        return dx, dw_x, dw_h, flat.sum(dim=1), dw_p
 
 
 class Layer(nn.Module):
@@ -539,10 +539,7 @@ class Trainer:
 
 
 def train(trainer: Trainer, resume_file: Path | None = None, resume: bool = False, details=None) -> Run:
-    """The run, with the weights that are best on the validation rows (without such rows, the last).
-
-    `details(scores)` gives the word-prediction metrics of --report-every, which join the history.
-    """
+    """The run, with the weights best on the validation rows; `details(scores)` is what --report-every adds to them."""
     config, data = trainer.config, trainer.data
     def evaluate(loss: float) -> tuple[float, dict]:
         """(mean nats a validation token, the history's entry); without such rows a number that later steps lower."""
@@ -573,18 +570,16 @@ class ELMo:
     """
 
     def __init__(self, config: Config, words: Vocabulary, model: BiLM, history=(), metrics=None, digest=None):
-        self.config, self.words, self.model, self.digest = config, words, model.eval(), digest
+        self.config, self.words, self.model, self.digest = config, words, model.eval().requires_grad_(False), digest
         self.history, self.metrics = list(history), metrics or {}
 
     @classmethod
     def load(cls, path: str | Path, device: str = "cpu") -> "ELMo":
         """The biLM of a file that `save` or ELMO.py wrote; InputError when it is missing, damaged or does not fit."""
         content = read_published(path, FORMAT, {"config", "words", "history", "metrics"})
-        try:
+        with fitting(path):
             return cls.restored(content["config"], content["words"], content["weights"], device,
                                 content["history"], content["metrics"], content["digest"])
-        except (TypeError, ValueError, KeyError, RuntimeError, AttributeError) as error:
-            raise InputError(f"{path} does not fit together: {str(error).splitlines()[0]}") from None
 
     @classmethod
     def restored(cls, knobs: dict, words: list[str], weights: dict[str, Tensor], device: str, *about) -> "ELMo":

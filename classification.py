@@ -20,7 +20,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,7 @@ from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from torch import Tensor, nn
 
 import ELMO
-from data.files import InputError, print_predictions, read_published, write_published
+from data.files import InputError, fitting, print_predictions, read_published, write_published
 from data.knobs import check_knobs, knob, script, script_arguments
 from data.machine import compute_dtype, default_device
 from data.prepare import CACHE, Part, Task, check_rows, read_task, split, static_vectors
@@ -41,17 +40,16 @@ from ELMO import ELMo, Layer, RowAdam, collate
 HERE = Path(__file__).resolve().parent
 FORMAT = "elmo-classifier-1"
 SETTINGS = ("trainable", "frozen", "function")
-STATIC = ("word2vec", "svd")        # one vector per word, whatever its neighbours
 
 
 # ------------------------------------------------------------------------------------------------------ knobs
 @dataclass(frozen=True)
 class Config:
-    """Every knob of classification; the defaults are the published run. InputError where a value is out of range."""
+    """Every knob of classification; the published table is the defaults with --seeds 3. InputError out of range."""
     task: str = knob("ag_news", "what to classify", ("ag_news", "sst2", "sst5", "nli"))
     setting: str = knob("all", "how the layers are mixed", ("all", *SETTINGS))
     vectors: str = knob("elmo", "what a word is to the head: the biLM's layers, or a baseline",
-                        ("elmo", "layer0", "layer2", "average", "untrained", *STATIC))
+                        ("elmo", "layer0", "layer2", "average", "untrained", "word2vec", "svd"))
     fields: str = knob("description", "columns of AG News that are read", ("description", "title+description"))
     seeds: int = knob(1, "heads per setting, of the seeds from `seed` on", least=1, most=100)
     finetune: bool = knob(False, "the biLM learns too, each seed its own copy")
@@ -60,15 +58,15 @@ class Config:
     adapt_lr: float = knob(2e-3, "highest learning rate of that, of the LSTMs and the table", most=10)
     phrases: bool = knob(True, "sst: train on every phrase of a tree, not on whole sentences alone")
     hidden: int = knob(128, "H: cells of the head's LSTM, per direction", least=1, most=8192)
-    dropout: float = knob(0.3, "share of units left out of the mix and of the pooled text", most=0.95)
+    dropout: float = knob(0.2, "share of units left out of the mix and of the pooled text", most=0.95)
     smoothing: float = knob(0.05, "label smoothing: share of the target spread over all classes", most=0.99)
     rows: int = knob(0, "labelled training rows, drawn by the seed; 0 takes all")
     validation: int = knob(2000, "nli: training rows kept apart; ag_news keeps apart those of the biLM")
     epochs: float = knob(2.0, "passes over the training rows", most=100_000)
     batch_tokens: int = knob(3000, "positions (rows x T) of a batch", least=1)
-    lr: float = knob(2e-3, "highest learning rate of the head (AdamW)", most=10)
+    lr: float = knob(4e-3, "highest learning rate of the head (AdamW)", most=10)
     mix_lr: float = knob(2e-2, "highest learning rate of w and gamma", most=10)
-    bilm_lr: float = knob(5e-4, "finetune: that of the biLM's top layer; each layer below has 1 / 2.6 of it", most=10)
+    bilm_lr: float = knob(2e-3, "finetune: that of the biLM's top layer; each layer below has 1 / 2.6 of it", most=10)
     bilm_dropout: float = knob(0.1, "finetune: share of units left out of x, h_1 and h_2, as in pretraining", most=0.95)
     unfreeze: float = knob(0.05, "finetune: share of the steps between unfreezing layer 2, 1 and 0", most=0.5)
     warmup: float = knob(0.03, "share of the steps in which the rate rises; then it falls as a cosine", most=1)
@@ -85,6 +83,10 @@ class Config:
         check_knobs(self)
         if self.finetune and self.vectors not in ("elmo", "untrained"):
             raise InputError(f"finetune moves a biLM; vectors {self.vectors} has none")
+        if (self.ensemble or self.adapt) and self.vectors != "elmo":
+            raise InputError(f"ensemble and adapt are for the vectors elmo, not {self.vectors}")
+        if "title" in self.fields and self.task != "ag_news":
+            raise InputError(f"fields is {self.fields}, but the rows of {self.task} have no titles")
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -108,6 +110,7 @@ class Config:
         """First word of the names of the run's files; "" for the bare command's."""
         names = [self.task if self.task != "ag_news" else "titled" if "title" in self.fields else "",
                  self.vectors if self.vectors != "elmo" else "",
+                 "adapted" if self.adapt and self.task == "ag_news" else "",
                  "finetuned" if self.finetune and "title" not in self.fields else ""]
         return "_".join(filter(None, names))
 
@@ -192,9 +195,7 @@ class Head(nn.Module):
             parts[0].data = torch.cat([part.data for part in parts])
         return heads[0]
 
-    @property
-    def S(self) -> int:
-        return len(self.out.weight)
+    S = property(lambda self: len(self.out.weight))     # seeds
 
     def forward(self, h: Tensor, n: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """(S, N, C) logits of layer states h (J, 2, T, B, D) of rows with n (B,) words; N = B, of pairs B / 2.
@@ -215,8 +216,8 @@ class Head(nn.Module):
         sides = []
         turned = match.transpose(2, 3)
         for own, other, scores, mine, theirs in ((a, b, match, at_a, at_b), (b, a, turned, at_b, at_a)):
-            scores = scores.float().masked_fill(~theirs[:, None], -1e9).softmax(dim=-1).to(own.dtype)
-            found = scores @ other
+            scores = scores.float().masked_fill(~theirs[:, None], -1e9).softmax(dim=-1)
+            found = scores.masked_fill(~theirs[:, None], 0).to(own.dtype) @ other   # nothing of a side without words
             both = torch.cat([own, found, (own - found).abs(), own * found], dim=-1)        # (2 S, N, T, 4H)
             both = both.unflatten(0, (self.S, 2))
             compared = self.compare(both.flatten(1, 3)).relu().view_as(both[..., :own.shape[-1]])
@@ -289,19 +290,42 @@ class Vectors:
         self.J = 3 if kind in ("elmo", "untrained") else 1
         self.D = table.shape[1] if table is not None else model.config.output * (1 if kind == "layer0" else 2)
 
-    def __call__(self, texts: Texts, rows: np.ndarray, dtype: torch.dtype, masks=(None,) * 3, step=None):
-        """Layer states (J, 2, T, B, D) and words (B,) of some rows; `step` gives x of the ids where the table moves."""
+    def __call__(self, texts: Texts, rows: np.ndarray, dtype: torch.dtype, masks=(None,) * 3,
+                 represent=None) -> tuple[Tensor, Tensor]:
+        """Layer states (J, 2, T, B, D) and words (B,) of some rows; `represent` gives x of the ids where x learns."""
         rows = np.concatenate([rows, rows + len(texts.lengths)]) if texts.pair else rows
-        x, _ = collate(texts.encoded, rows)
+        encoded = texts.encoded if self.table is None else replace(texts.encoded, chars=None)   # a table is by word
+        x, _ = collate(encoded, rows)
         n, device = torch.from_numpy(texts.words[rows]).to(self.model.table.device), self.model.table.device
         first = min(1, len(x[0]) - 1)           # <s> is left out; a batch without any word keeps it, masked
         if self.table is not None:
             return F.embedding(x[:, first:].to(device), self.table)[None].to(dtype), n
-        x = step(x) if step else self.model.represent(x.to(device), chars=texts.encoded.chars)
+        x = represent(x) if represent else self.model.represent(x.to(device), chars=texts.encoded.chars)
         if self.kind == "layer0":
             return x[None, :, first:].to(dtype), n
         h = both_orders(torch.stack(self.model.states(x, dtype, masks))[:, :, first:], n)
         return h[2:] if self.kind == "layer2" else h.mean(dim=0, keepdim=True) if self.kind == "average" else h, n
+
+
+# ---------------------------------------------------------------------------------------------------- metrics
+def metrics(p: np.ndarray, gold: np.ndarray, labels: Sequence[str]) -> dict:
+    """Accuracy, macro and per-class precision, recall and F1, and more, of probabilities p (N, C).
+
+    confusion: counts, rows gold, columns predicted; nats: mean cross-entropy; calibration_error: mean difference of
+    confidence and accuracy over 15 equal bins (Guo et al. 2017). A class that is never predicted has precision 0.
+    """
+    found, every = p.argmax(axis=1), np.arange(len(labels))
+    parts = np.array(precision_recall_fscore_support(gold, found, labels=every, zero_division=0))       # (4, C)
+    confidence, hit = p.max(axis=1), found == gold
+    bins = np.minimum((confidence * 15).astype(int), 14)
+    gaps = np.bincount(bins, weights=confidence - hit, minlength=15)
+    nats = -np.log(np.maximum(p[np.arange(len(gold)), gold], 1e-12))
+    return {"rows": len(gold), "accuracy": float(hit.mean()), "nats": float(nats.mean()),
+            "calibration_error": float(np.abs(gaps).sum() / len(gold)),
+            **{f"macro_{name}": float(parts[i].mean()) for i, name in enumerate(("precision", "recall", "f1"))},
+            "classes": {label: dict(zip(("precision", "recall", "f1", "rows"), parts[:, c].tolist(), strict=True))
+                        for c, label in enumerate(labels)},
+            "confusion": confusion_matrix(gold, found, labels=every).tolist()}
 
 
 # --------------------------------------------------------------------------------------------------- training
@@ -321,10 +345,10 @@ class Trainer:
         self.live = nn.ModuleDict({setting: Head.of_seeds(
             self.seeds, config, setting, vectors.J, vectors.D, classes) for setting in config.settings})
         groups = [{"params": [p for head in self.live.values() for name, p in head.named_parameters()
-                              if name.startswith("mix.") == mix and p.requires_grad],
+                              if (name in ("mix.w", "mix.gamma")) == scalars and p.requires_grad],
                    "highest": lr, "weight_decay": decay, "from": 0.0}
-                  for mix, lr, decay in ((False, config.lr, config.weight_decay), (True, config.mix_lr, 0.0))]
-        self.row_adam = None
+                  for scalars, lr, decay in ((False, config.lr, config.weight_decay), (True, config.mix_lr, 0.0))]
+        self.row_adam, self.averages = None, 0
         if config.finetune:
             self.vectors = vectors = copy.copy(vectors)
             self.live["bilm"] = vectors.model = copy.deepcopy(vectors.model)
@@ -334,26 +358,24 @@ class Trainer:
         self.model = copy.deepcopy(self.live)       # the moving average
         self.start_epoch(0)
         self.per_epoch = len(self.batches)
-        self.steps = round(config.epochs * self.per_epoch)
-        self.interval = max(1, self.per_epoch // config.evaluations)
-        self.averages = 0
+        self.steps = max(1, round(config.epochs * self.per_epoch))
+        self.interval = -(-self.per_epoch // config.evaluations)
 
     def unfrozen(self, model: ELMO.BiLM) -> list[dict]:
         """Optimizer groups of a biLM that learns: lower layers slower and later (Howard and Ruder 2018)."""
-        config = self.config
         model.requires_grad_()
         if model.config.tied:
             self.row_adam = RowAdam(model.table, 0.99)
         parts = [list(layer.parameters()) for layer in reversed(model.layers)]
         parts.append(list(model.characters.parameters()) if hasattr(model, "characters") else [])
-        return [{"params": part, "highest": config.bilm_lr / 2.6 ** depth, "weight_decay": 0.0,
-                 "from": config.unfreeze * (depth + 1)} for depth, part in enumerate(parts)]
+        return [{"params": part, "highest": self.config.bilm_lr / 2.6 ** depth, "weight_decay": 0.0,
+                 "from": self.config.unfreeze * (depth + 1)} for depth, part in enumerate(parts)]
 
     def start_epoch(self, epoch: int) -> None:
         """New batches of rows of about equal length."""
-        generator, positions = np.random.default_rng([self.seeds[0], epoch]), self.config.batch_tokens
-        self.epoch = epoch
-        self.batches = batches(self.parts["train"].lengths, positions // (1 + self.config.pair), generator)
+        generator = np.random.default_rng([self.seeds[0], epoch])
+        positions = self.config.batch_tokens // (1 + self.config.pair)
+        self.epoch, self.batches = epoch, batches(self.parts["train"].lengths, positions, generator)
 
     def step(self, step: int) -> tuple[float, int]:
         """One update; (cross-entropy summed over the rows, mean over heads; rows) of the batch."""
@@ -362,20 +384,18 @@ class Trainer:
         rows = self.batches[step % self.per_epoch]
         generator = torch.Generator().manual_seed((self.seeds[0] + 1) * 1_000_003 + step)
         gold, table = self.parts["train"].labels[rows].to(self.device), []
-        dropped = self.config.bilm_dropout if self.config.finetune else 0.0
-        with torch.set_grad_enabled(self.config.finetune):
+        masks = [None] * 3
+        if self.config.finetune and self.config.bilm_dropout:
             one = torch.ones((), dtype=self.dtype, device=self.device)
             shape = (2, 1, len(rows) * (1 + self.config.pair), self.vectors.model.config.output)
-            masks = [dropout(one, shape, dropped, generator) for _ in range(3)]
+            masks = [dropout(one, shape, self.config.bilm_dropout, generator) for _ in range(3)]
+        with torch.set_grad_enabled(self.config.finetune):
             h, n = self.vectors(self.parts["train"], rows, self.dtype, masks, lambda x: self.represent(x, table))
-        losses = []
-        for setting in self.config.settings:
-            head = self.live[setting]
-            logits = head(h, n, generator)                                      # (S, N, C)
-            losses.append(F.cross_entropy(logits.flatten(0, 1), gold.repeat(head.S), reduction="sum",
-                                          label_smoothing=self.config.smoothing))
-        (sum(losses) / len(rows)).backward()
-        loss = sum(float(part.detach()) for part in losses) / len(losses) / len(self.seeds)
+        logits = torch.cat([self.live[setting](h, n, generator) for setting in self.config.settings])  # (heads, N, C)
+        total = F.cross_entropy(logits.flatten(0, 1), gold.repeat(len(logits)), reduction="sum",
+                                label_smoothing=self.config.smoothing)
+        (total / len(rows)).backward()
+        loss = float(total.detach()) / len(logits)
         if not math.isfinite(loss):
             raise InputError(f"the loss is not finite at step {step}; start anew with a lower --lr")
         self.update(step, table)
@@ -404,8 +424,8 @@ class Trainer:
         if table and done >= self.config.unfreeze * 3:
             self.row_adam.update(table[0], table[1].grad, self.config.bilm_lr / 2.6 ** 2 * share)
         if step % 10 == 9 or step + 1 == self.steps:
-            self.averages += 1
             decay = min(self.config.ema, self.averages / (self.averages + 9))
+            self.averages += 1
             for average, value in zip(self.model.state_dict().values(), self.live.state_dict().values(), strict=True):
                 average.lerp_(value, 1 - decay)
 
@@ -457,6 +477,7 @@ def train(trainer: Trainer, resume_file: Path | None = None, resume: bool = Fals
     """The run, with the averaged weights whose cross-entropy on the validation rows is lowest, mean over heads."""
     gold = trainer.parts["validation"].labels
     def evaluate(loss: float) -> tuple[float, dict]:
+        """(mean cross-entropy of all heads on the validation rows, the history's entry)."""
         entry = {"train_loss": loss, "validation": {}}
         for name, p in trainer.probabilities(trainer.parts["validation"]).items():
             nats = -p[:, torch.arange(len(gold)), gold].clamp(min=1e-12).log().mean(dim=1)
@@ -474,27 +495,6 @@ def train(trainer: Trainer, resume_file: Path | None = None, resume: bool = Fals
     return run
 
 
-# ---------------------------------------------------------------------------------------------------- metrics
-def metrics(p: np.ndarray, gold: np.ndarray, labels: Sequence[str]) -> dict:
-    """Accuracy, macro and per-class precision, recall and F1, and more, of probabilities p (N, C).
-
-    confusion: counts, rows gold, columns predicted; nats: mean cross-entropy; calibration_error: mean difference of
-    confidence and accuracy over 15 equal bins (Guo et al. 2017). A class that is never predicted has precision 0.
-    """
-    found, every = p.argmax(axis=1), np.arange(len(labels))
-    parts = np.array(precision_recall_fscore_support(gold, found, labels=every, zero_division=0))       # (4, C)
-    confidence, hit = p.max(axis=1), found == gold
-    bins = np.minimum((confidence * 15).astype(int), 14)
-    gaps = np.bincount(bins, weights=confidence - hit, minlength=15)
-    nats = -np.log(np.maximum(p[np.arange(len(gold)), gold], 1e-12))
-    return {"rows": len(gold), "accuracy": float(hit.mean()), "nats": float(nats.mean()),
-            "calibration_error": float(np.abs(gaps).sum() / len(gold)),
-            **{f"macro_{name}": float(parts[i].mean()) for i, name in enumerate(("precision", "recall", "f1"))},
-            "classes": {label: dict(zip(("precision", "recall", "f1", "rows"), parts[:, c].tolist(), strict=True))
-                        for c, label in enumerate(labels)},
-            "confusion": confusion_matrix(gold, found, labels=every).tolist()}
-
-
 # ------------------------------------------------------------------------------------------------- checkpoint
 class Classifier:
     """Trained heads with their biLM: texts in, labels and probabilities out.
@@ -502,10 +502,10 @@ class Classifier:
         clf = Classifier.load("models/classifier.pt", "models/bilstm.pt", setting="trainable")
         clf.predict(["Oil prices fall."])       # [{"label": "Business", "probabilities": {"World": .., ...}}]
 
-    A member is a head on a biLM; the probabilities of several members are averaged.
+    A member is (head, its biLM, {setting, seed, validation accuracy}); several members' probabilities are averaged.
     """
 
-    def __init__(self, config: Config, labels: Sequence[str], members: list[tuple[Head, ELMo]]):
+    def __init__(self, config: Config, labels: Sequence[str], members: list[tuple[Head, ELMo, dict]]):
         self.config, self.labels, self.members = config, list(labels), members
 
     @classmethod
@@ -517,50 +517,49 @@ class Classifier:
         holds; by default the one that was best on the validation rows.
         """
         content = read_published(path, FORMAT, {"config", "labels", "members", "bilm", "metrics"})
-        try:
+        with fitting(path):
             config, members, bilm = Config(**content["config"]), content["members"], content["bilm"]
             settings = list(dict.fromkeys(member["setting"] for member in members))
-            best = max(members, key=lambda member: member["validation"])["setting"]
+            if setting in (None, "all"):
+                setting = max(members, key=lambda member: member["validation"])["setting"]
             own = [ELMo.restored(bilm["config"], bilm["words"], part_of(content["weights"], f"bilm.{i}."), device)
                    for i in range(bilm["count"])]
-            if not own and bilstm is not None:
+            if not own and bilstm is None:
+                raise InputError(f"{path} needs the biLM that it was trained on; name it, models/bilstm.pt say")
+            if not own:
                 own = [ELMo.load(bilstm, device)]
-            if not own or (not bilm["count"] and own[0].digest != bilm["digest"]):
-                raise InputError(f"{path} was trained on another biLM than {bilstm}; name the one whose digest begins "
-                                 f"{bilm['digest'][:12]}, or run `python classification.py` anew")
-            if (setting or best) not in settings:
+                if own[0].digest != bilm["digest"]:
+                    raise InputError(f"{path} was trained on another biLM than {bilstm}; name that one (digest "
+                                     f"{bilm['digest'][:12]}..), or run `python classification.py` anew")
+            if setting not in settings or not all(isinstance(label, str) for label in content["labels"]):
                 raise InputError(f"{path} holds no setting {setting!r}; expected one of {', '.join(settings)}")
             chosen = [cls.member(content, config, i, own[member["bilm"]]) for i, member in enumerate(members)
-                      if member["setting"] == (setting or best)]
+                      if member["setting"] == setting]
             return cls(config, content["labels"], chosen)
-        except InputError:
-            raise
-        except (TypeError, ValueError, KeyError, RuntimeError, AttributeError, IndexError) as error:
-            raise InputError(f"{path} does not fit together: {str(error).splitlines()[0]}") from None
 
     @staticmethod
-    def member(content: dict, config: Config, i: int, elmo: ELMo) -> tuple[Head, ELMo]:
+    def member(content: dict, config: Config, i: int, elmo: ELMo) -> tuple[Head, ELMo, dict]:
         """The i-th head of a file, on its biLM."""
-        vectors = Vectors(config.vectors, elmo.model)
+        about, vectors = content["members"][i], Vectors(config.vectors, elmo.model)
         with torch.device("meta"):
-            head = Head(config, content["members"][i]["setting"], vectors.J, vectors.D, len(content["labels"]))
+            head = Head(config, about["setting"], vectors.J, vectors.D, len(content["labels"]))
         head.load_state_dict(part_of(content["weights"], f"head.{i}."), assign=True)
-        return head.to(elmo.model.table.device), elmo
+        return head.to(elmo.model.table.device), elmo, about
 
-    def save(self, path: str | Path, known: list[dict], bilm: str | None, numbers: dict) -> None:
+    def save(self, path: str | Path, bilm: str | None, scores: dict) -> None:
         """Half-precision tensors and plain types; the biLMs are in the file, unless `bilm` is the digest of the one."""
-        bilms = list(dict.fromkeys(elmo for _, elmo in self.members))
-        weights = {f"head.{i}.{name}": value for i, (head, _) in enumerate(self.members)
+        bilms = list(dict.fromkeys(elmo for _, elmo, _ in self.members))
+        weights = {f"head.{i}.{name}": value for i, (head, _, _) in enumerate(self.members)
                    for name, value in head.state_dict().items()}
-        about = {"count": 0, "digest": bilm}
+        source = {"count": 0, "digest": bilm}
         if bilm is None:
             weights |= {f"bilm.{i}.{name}": value for i, elmo in enumerate(bilms)
                         for name, value in elmo.model.state_dict().items()}
-            about = {"count": len(bilms), "config": asdict(bilms[0].config), "words": bilms[0].words.words}
-        members = [each | {"bilm": bilms.index(elmo)} for each, (_, elmo) in zip(known, self.members, strict=True)]
+            source = {"count": len(bilms), "config": asdict(bilms[0].config), "words": bilms[0].words.words}
         write_published(path, {
-            "format": FORMAT, "config": asdict(self.config), "labels": self.labels, "members": members, "bilm": about,
-            "weights": {name: value.cpu().half() for name, value in weights.items()}, "metrics": numbers})
+            "format": FORMAT, "config": asdict(self.config), "labels": self.labels, "bilm": source,
+            "members": [about | {"bilm": bilms.index(elmo)} for _, elmo, about in self.members],
+            "weights": {name: value.cpu().half() for name, value in weights.items()}, "metrics": scores})
 
     def predict(self, texts: Sequence[str | tuple[str, str]], precision: str = "fp32") -> list[dict]:
         """One {"label", "probabilities": {label: share}} per text, or per pair of texts where the task is one of pairs.
@@ -580,9 +579,9 @@ class Classifier:
         for i in np.flatnonzero(encoded.words == 0)[:1]:
             raise InputError(f"text {i % len(texts)} has no words; there is nothing to classify")
         total = torch.zeros(len(texts), len(self.labels))
-        for elmo in dict.fromkeys(elmo for _, elmo in self.members):    # each biLM runs once
+        for elmo in dict.fromkeys(elmo for _, elmo, _ in self.members):     # each biLM runs once
             dtype = compute_dtype(precision, elmo.model.table.device)
-            heads = {str(i): head for i, (head, own) in enumerate(self.members) if own is elmo}
+            heads = {str(i): head for i, (head, own, _) in enumerate(self.members) if own is elmo}
             for p in probabilities(heads, Vectors(self.config.vectors, elmo.model), encoded, dtype).values():
                 total += p[0]
         return total / len(self.members)
@@ -597,7 +596,7 @@ def part_of(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def adapted(elmo: ELMo, task: Task, config: Config, file: Path, resume: bool) -> Run:
     """The run that trains the biLM on as a language model of the task's training texts, its vocabulary grown by them.
 
-    As in the paper's section 3.4; a tenth of the texts chooses the pass. New words begin as a new model's.
+    As in the paper's section 3.4; a tenth of the texts chooses the pass. New words begin like a new model's.
     """
     tokens = tokenized(task.corpus, elmo.config, CACHE)
     found = Vocabulary.count(tokens.types, tokens.counts(slice(None)), 2)
@@ -620,7 +619,7 @@ def vectors_of(config: Config, elmo: ELMo, task: Task) -> Vectors:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             model = ELMO.BiLM(elmo.config, len(elmo.words)).requires_grad_(False).to(model.table.device)
-    if config.vectors in STATIC:
+    if config.vectors in ("word2vec", "svd"):
         encoded = elmo.encode(task.corpus)
         data = Data(elmo.words, encoded, np.arange(len(encoded.tokens)), np.arange(0))
         table = torch.from_numpy(static_vectors(config.vectors, data, 300, 10, config.seed)).to(model.table.device)
@@ -632,58 +631,53 @@ def classify(config: Config, out: Path, bilstm: Path, resume: bool) -> int:
     from report import downstream
     begin = time.perf_counter()
     elmo = ELMo.load(bilstm, default_device())
-    task, digest = read_task(config, elmo.config.validation, elmo.config.seed), elmo.digest
-    files, name = [], config.stem or "classifier"
+    task, digest = read_task(config, elmo.config), elmo.digest
+    name, runs = config.stem or "classifier", []
     if config.adapt:
-        files.append(out / f"{name}.adapt.resume.pt")
-        run = adapted(elmo, task, config, files[-1], resume)
-        if not run.finished:
+        runs.append(adapted(elmo, task, config, out / f"{name}.adapt.{digest[:12]}.resume.pt", resume))
+        if not runs[0].finished:
             return 130
-        elmo = ELMo.rounded(run.trainer, run)
+        elmo = ELMo.rounded(runs[0].trainer, runs[0])
     parts = {name: Texts(getattr(task, name), elmo, CACHE) for name in ("train", "validation", "test")}
-    vectors, runs = vectors_of(config, elmo, task), []
-    every = range(config.seed, config.seed + config.seeds)
+    vectors, every = vectors_of(config, elmo, task), range(config.seed, config.seed + config.seeds)
     print(f"{task.name}: {len(task.train):,} training, {len(task.validation):,} validation, {len(task.test):,} test "
           f"rows; {', '.join(config.settings)}; {config.seeds} seed(s); {vectors.J} x {vectors.D} a word", flush=True)
-    before = time.perf_counter() - begin
     for seeds in [[seed] for seed in every] if config.finetune else [list(every)]:
-        files.append(out / f"{name}.{seeds[0]}.resume.pt")
         trainer = Trainer(config, vectors, parts, len(task.labels), seeds, digest)
-        runs.append(train(trainer, files[-1], resume))
+        runs.append(train(trainer, out / f"{name}.{seeds[0]}.resume.pt", resume))
         if not runs[-1].finished:
             return 130
-    end = time.perf_counter()
-    for run in runs:
-        run.trainer.model.load_state_dict({name: value.half().float() for name, value in run.best.items()})
-    result = downstream.measure(runs, task, metrics) | {"bilm": digest}
+        trainer.model.load_state_dict({name: value.half().float() for name, value in runs[-1].best.items()})
+    trained = runs[bool(config.adapt):]
+    result = downstream.measure(trained, task, metrics) | {"bilm": digest}
     if config.vectors == "elmo":
-        save(config, runs, result, elmo, out)
-    downstream.publish(result, out, config.stem, before + sum(run.wall for run in runs) + time.perf_counter() - end)
-    for file in files:
-        file.unlink(missing_ok=True)
+        save(config, trained, result, elmo, out)
+    downstream.publish(result, out, config.stem, time.perf_counter() - begin + sum(run.earlier for run in runs))
+    for run in runs:
+        run.file.unlink(missing_ok=True)
     return 0
 
 
 def save(config: Config, runs: list[Run], result: dict, elmo: ELMo, out: Path) -> None:
-    """OUT's .pt: per setting the seed that is best on validation rows, or of an ensemble all seeds."""
-    name, best, every = config.stem or "classifier", [], []
+    """OUT's .pt: per setting the seed that is best on validation rows; with --ensemble another one of all seeds."""
+    best, every = [], []
     for setting, numbers in result["settings"].items():
-        heads = []
+        members = []
         for run in runs:
             own = ELMo(elmo.config, elmo.words, run.trainer.model["bilm"]) if config.finetune else elmo
-            heads += [(run.trainer.model[setting].alone(s), own) for s in range(len(run.trainer.seeds))]
-        known = [{"setting": setting, "seed": config.seed + s, "validation": part["accuracy"]}
-                 for s, part in enumerate(numbers["validation"]["seeds"])]
-        every += zip(heads, known, strict=True)
-        best.append((heads[numbers["best"]], known[numbers["best"]]))
-    numbers = {setting: {part: r[part]["accuracy"]["mean"] for part in ("train", "validation", "test")}
-               for setting, r in result["settings"].items()}
-    own = config.finetune or config.adapt > 0
-    ensemble = "ensemble" if config.stem == "finetuned" else f"{name}_ensemble"
-    for file, members in ((name, best), (ensemble, every))[:1 + config.ensemble]:
-        heads, known = zip(*members, strict=True)
-        Classifier(config, result["labels"], list(heads)).save(
-            out / f"{file}.pt", list(known), None if own else result["bilm"], numbers)
+            for s, seed in enumerate(run.trainer.seeds):
+                accuracy = numbers["validation"]["seeds"][len(members)]["accuracy"]
+                about = {"setting": setting, "seed": seed, "validation": accuracy}
+                members.append((run.trainer.model[setting].alone(s), own, about))
+        every += members
+        best.append(members[numbers["best"]])
+    scores = {setting: {part: r[part]["accuracy"]["mean"] for part in ("train", "validation", "test")}
+              for setting, r in result["settings"].items()}
+    digest = None if config.finetune or config.adapt else result["bilm"]
+    Classifier(config, result["labels"], best).save(out / f"{config.stem or 'classifier'}.pt", digest, scores)
+    if config.ensemble:
+        name = "ensemble" if config.stem == "finetuned" else f"{config.stem or 'classifier'}_ensemble"
+        Classifier(config, result["labels"], every).save(out / f"{name}.pt", digest, scores)
 
 
 @script("classification.py")
@@ -697,9 +691,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--json": {"action": "store_true", "help": "--predict: one JSON object a line"}})
     if options.predict is None:
         return classify(config, options.out, options.bilstm, options.resume)
-    file, setting = options.classifier or options.out / "classifier.pt", config.setting
-    load = partial(Classifier.load, file, options.bilstm, None if setting == "all" else setting, default_device())
-    return print_predictions(load, options.predict, config.precision, options.json)
+    file = options.classifier or options.out / "classifier.pt"
+    return print_predictions(lambda: Classifier.load(file, options.bilstm, config.setting, default_device()),
+                             options.predict, config.precision, options.json)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def read_checkpoint(path: str | Path, keys: set[str]) -> dict:
     try:
         file = io.BytesIO(Path(path).read_bytes())
     except FileNotFoundError:
-        raise InputError(f"{path} is missing; run `python ELMO.py` first, or name another file") from None
+        raise InputError(f"{path} is missing; run the script that writes it first, or name another file") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})") from None
     try:
@@ -103,6 +103,22 @@ def read_published(path: str | Path, form: str, keys: set[str]) -> dict:
     if content["format"] != form:
         raise InputError(f"{path} is of format {content['format']!r}; expected {form!r}")
     return content
+
+
+@contextmanager
+def fitting(path: str | Path) -> Iterator[None]:
+    """What Python and torch raise where the parts of a file do not fit becomes one sentence that names the file."""
+    try:
+        yield
+    except InputError as error:
+        raise (error if str(path) in str(error) else InputError(f"{path}: {error}")) from None
+    except (TypeError, ValueError, KeyError, RuntimeError, AttributeError, IndexError) as error:
+        raise InputError(f"{path} does not fit together: {one_line(error)}") from None
+
+
+def one_line(error: Exception) -> str:
+    """What an exception says, on one line."""
+    return " ".join(str(error).split())[:200]
 
 
 def write_published(path: str | Path, content: dict) -> str:
@@ -153,7 +169,7 @@ def print_predictions(load: Callable, text: str, precision: str, as_json: bool) 
     texts = [tuple(line.split("\t")) for line in lines] if classifier.config.two_texts else lines
     for line, found in zip(lines, classifier.predict(texts, precision), strict=True):
         if as_json:
-            print(json.dumps({"text": line} | found, ensure_ascii=False))
+            print(json.dumps({"text": line} | found))
         else:
             print(found["label"], *(f"{label} {p:.4f}" for label, p in found["probabilities"].items()), sep="\t")
     return 0

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from data.files import InputError
+
 
 def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -22,7 +24,9 @@ def fast_bf16(device: torch.device) -> bool:
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Type of the matrix products for "auto" (bf16 where it is fast), "fp32" or "bf16"."""
+    """Type of the matrix products for "auto" (bf16 where it is fast), "fp32" or "bf16"; InputError for another word."""
+    if precision not in ("auto", "fp32", "bf16"):
+        raise InputError(f"precision is {precision!r}; expected auto, fp32 or bf16")
     return torch.bfloat16 if precision == "bf16" or (precision == "auto" and fast_bf16(device)) else torch.float32
 
 

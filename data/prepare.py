@@ -30,7 +30,7 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # run as `python data/prepare.py`
 
-from data.files import InputError, read_text, write_atomically
+from data.files import InputError, read_lines, read_text, write_atomically
 
 HERE = Path(__file__).resolve().parent
 SOURCE = "https://raw.githubusercontent.com/mhjabreel/CharCnn_Keras/master/data/ag_news_csv/"
@@ -185,12 +185,14 @@ class Part:
 
     @classmethod
     def of(cls, rows: Sequence[tuple[int, tuple[str, ...]]]) -> "Part":
+        """From (label, texts) of each row."""
         return cls([texts for _, texts in rows], np.array([label for label, _ in rows], dtype=np.int64))
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, rows: np.ndarray) -> "Part":
+        """The rows of these numbers, in their order."""
         return Part([self.texts[i] for i in rows], self.labels[rows])
 
 
@@ -220,21 +222,23 @@ def check_rows(texts: Sequence[str | tuple[str, str]], config) -> list[tuple[str
         return [(text,) for text in check_texts(texts)]
     pairs = list(texts)
     for i, pair in enumerate(pairs):
-        if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise InputError(f"text {i} is {str(pair)[:40]!r}; expected two texts (on a line: a tab between)")
+        if not any(text.strip() for text in pair):
+            raise InputError(f"text {i} has no words; there is nothing to classify")
     return [tuple(pair) if config.pair else (joined(*pair),) for pair in pairs]
 
 
-def ag_news_task(fields: str, validation: int, seed: int) -> Task:
-    """World, Sports, Business, Sci/Tech; validation rows are those that a biLM of this seed and size never saw."""
+def ag_news_task(fields: str, validation: int, seed: int, first: int = 0) -> Task:
+    """World, Sports, Business, Sci/Tech; validation rows are those that ELMO.py kept apart of the `first` (0: all)."""
     tables = [read_ag_news(part) for part in ("train", "test")]
     if "title" in fields and not all(table.title.str.strip().any() for table in tables):
         raise InputError(f"fields is {fields}, but {ag_news_folder()} has no titles; use --fields description")
     known, test = (Part([(joined(*row) if "title" in fields else row[1],)
                          for row in zip(table.title, table.description, strict=True)], table["class"].to_numpy() - 1)
                    for table in tables)
-    rows, held_out = split(len(known), validation, seed)
-    train = known.take(rows)
+    _, held_out = split(first or len(known), validation, seed)
+    train = known.take(np.setdiff1d(np.arange(len(known)), held_out))
     return Task("ag_news", ["World", "Sports", "Business", "Sci/Tech"], train, known.take(held_out), test,
                 [text for text, in train.texts], fresh_rows(*(table.description for table in tables)))
 
@@ -256,7 +260,7 @@ def read_trees(path: Path, phrases: bool, binary: bool) -> Part:
     binary: 0 and 1 are negative, 3 and 4 positive, and 2 (neutral) is left out.
     """
     rows = {}
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    for number, line in enumerate(read_lines(path), start=1):
         if not line.strip():
             continue
         found = spans(line)
@@ -264,15 +268,18 @@ def read_trees(path: Path, phrases: bool, binary: bool) -> Part:
             raise InputError(f"{path}, line {number}: {line.strip()[:40]!r} is no tree; expected (label words)")
         rows |= dict.fromkeys(found) if phrases else {(*found[-1], number): None}
     keep = {0: 0, 1: 0, 3: 1, 4: 1} if binary else {k: k for k in range(5)}
-    return Part.of([(keep[label], (text,)) for label, text, *_ in rows if label in keep])
+    kept = [(keep[label], (text,)) for label, text, *_ in rows if label in keep]
+    if not kept:
+        raise InputError(f"{path} has no row for this task; expected bracketed trees, one a line")
+    return Part.of(kept)
 
 
 def spans(line: str) -> list[tuple[int, str]]:
     """(label, text) of each phrase of a tree, inner ones first and the whole last; [] for a line that is no tree."""
-    brackets, open_phrases, out = {"-LRB-": "(", "-RRB-": ")"}, [], []
+    escaped, open_phrases, out = {"-LRB-": "(", "-RRB-": ")"}, [], []
     pieces = line.replace("(", " ( ").replace(")", " ) ").split()
     for previous, piece in zip(["", *pieces], pieces, strict=False):
-        if piece == "(":
+        if piece == "(" and (open_phrases or not out):
             open_phrases.append([None, []])
         elif not open_phrases:
             return []
@@ -288,7 +295,7 @@ def spans(line: str) -> list[tuple[int, str]]:
                 return []
             open_phrases[-1][0] = int(piece)
         else:
-            open_phrases[-1][1].append(brackets.get(piece, piece))
+            open_phrases[-1][1].append(escaped.get(piece, piece).replace("\\/", "/").replace("\\*", "*"))
     return out if not open_phrases and sum(piece == "(" for piece in pieces) == len(out) else []
 
 
@@ -309,10 +316,10 @@ NLI_LABELS = ["entailment", "neutral", "contradiction"]
 def read_pairs(path: Path) -> Part:
     """Rows of label, premise, hypothesis, separated by tabs, no header."""
     rows = []
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
+    for number, line in enumerate(read_lines(path), start=1):
         if not line.strip():
             continue
-        fields = line.rstrip("\r").split("\t")
+        fields = line.split("\t")
         if len(fields) != 3 or fields[0] not in NLI_LABELS:
             raise InputError(f"{path}, line {number}: {line[:40]!r} is no row; expected label, premise and hypothesis "
                              f"with a tab between, the label one of {', '.join(NLI_LABELS)}")
@@ -335,10 +342,10 @@ def nli_task(validation: int, seed: int) -> Task:
                 list(dict.fromkeys(text for pair in train.texts for text in pair)))
 
 
-def read_task(config, validation: int, seed: int) -> Task:
-    """The task of a classification.Config; validation and seed are those of the biLM, whose held-out rows stay so."""
+def read_task(config, bilm) -> Task:
+    """The task of a classification.Config; `bilm`, the biLM's Config, says which rows of AG News it has not seen."""
     if config.task == "ag_news":
-        task = ag_news_task(config.fields, validation, seed)
+        task = ag_news_task(config.fields, bilm.validation, bilm.seed, bilm.rows)
     elif config.task == "nli":
         task = nli_task(config.validation, config.seed)
     else:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data.files import InputError, read_resume, stop_request, write_atomically, write_resume
+from data.files import InputError, one_line, read_resume, stop_request, write_atomically, write_resume
 from data.machine import sum_over_processes
 
 
@@ -79,6 +79,7 @@ class Run:
             file.with_name(".writable").unlink()
         if resume and file and file.exists():
             self.load(read_resume(file, trainer.identity()))
+        self.earlier = self.wall            # seconds of the parts before this one
         self.began = time.perf_counter() - self.wall
         self.clock = self.saved = time.perf_counter()
 
@@ -100,7 +101,8 @@ class Run:
             for name in self.KEPT:
                 setattr(self, name, state["run"][name])
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise InputError(f"{self.file} does not hold such a run ({error}); start anew without --resume") from None
+            raise InputError(f"{self.file} does not hold such a run ({one_line(error)}); start anew without "
+                             "--resume") from None
 
     @property
     def finished(self) -> bool:

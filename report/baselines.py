@@ -6,16 +6,18 @@
 
 `python report/baselines.py [--out DIR] [--seeds 3] [knobs of classification.py]` trains them (about an hour on two
 cores; finished ones are kept in build/baselines and not trained again) and puts them beside DIR's classification.json
-and finetuned.json. JSON: command, machine, minutes, and
+and finetuned.json, where these are of the same biLM. JSON: command, config, versions, machine, minutes (all runs), and
     rows.{name}: seeds, accuracy {mean, deviation} over them on validation and test rows, fresh (test), together
         (accuracy of the seeds' mean probabilities on test rows), minutes; against.{word2vec, tfidf}: difference in test
         accuracy of `together` with its 95 % bootstrap interval, only_this and only_that (rows that one alone has
-        right), p (exact McNemar); of tfidf: tried (accuracy on validation rows by knobs)
+        right), p (exact McNemar, not corrected for the number of rows here); of tfidf, which is one model without a
+        seed: tried (accuracy on validation rows by knobs)
 """
 import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +29,11 @@ from sklearn.svm import LinearSVC
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # run as `python report/baselines.py`
 
-import classification
-from data.files import read_text, write_json
+from classification import Config, classify
+from data.files import InputError, read_text, write_json
 from data.knobs import script, script_arguments
-from data.machine import machine
-from data.prepare import Task, ag_news_task
+from data.machine import default_device, machine, versions
+from data.prepare import Task, read_task
 from ELMO import ELMo
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,6 +56,7 @@ def mcnemar(right: np.ndarray, other: np.ndarray) -> dict:
 
 def tfidf(task: Task) -> tuple[dict, np.ndarray]:
     """(row, predictions on test rows) of the linear classifier whose knobs are best on the validation rows."""
+    begin = time.perf_counter()
     texts = {part: [text for text, in getattr(task, part).texts] for part in ("train", "validation", "test")}
     fitted, tried = {}, {}
     for kind, C, ngrams in TRIED:
@@ -73,7 +76,8 @@ def tfidf(task: Task) -> tuple[dict, np.ndarray]:
     one = {"deviation": None}
     return {"tried": tried, "seeds": 1, "validation": {"mean": max(tried.values())} | one,
             "test": {"mean": float(hit.mean())} | one, "together": float(hit.mean()),
-            "fresh": {"mean": float(hit[task.fresh].mean())} | one if task.fresh.any() else None}, found
+            "fresh": {"mean": float(hit[task.fresh].mean())} | one if task.fresh.any() else None,
+            "minutes": (time.perf_counter() - begin) / 60}, found
 
 
 def row(result: dict, setting: str) -> tuple[dict, np.ndarray]:
@@ -85,61 +89,55 @@ def row(result: dict, setting: str) -> tuple[dict, np.ndarray]:
             "minutes": result["minutes"]}, np.array(list(numbers["predictions"]), dtype=int)
 
 
-def finished(path: Path, digest: str, wanted: dict) -> dict | None:
-    """The JSON of a run that was made with these knobs on this biLM."""
+def read_run(path: Path, digest: str, rows: int, wanted: dict) -> dict | None:
+    """The JSON of a run on this biLM and as many test rows that was made with the wanted knobs; None without one."""
     if not path.exists():
         return None
-    result = json.loads(read_text(path))
-    return result if result["bilm"] == digest and wanted.items() <= result["config"].items() else None
+    try:
+        result = json.loads(read_text(path))
+        fits = all(len(numbers["predictions"]) == rows for numbers in result["settings"].values())
+        return result if fits and result["bilm"] == digest and wanted.items() <= result["config"].items() else None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is not what classification.py writes ({error!r}); delete it") from None
 
 
 @script("baselines.py")
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, 2 for an input that the user can mend, 130 after Ctrl-C."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    config, options = script_arguments(argv, classification.Config, "baselines.py", __doc__, ROOT / "models", {
+    config, options = script_arguments(argv, Config, "baselines.py", __doc__, ROOT / "models", {
         "--bilstm": {"metavar": "FILE", "type": Path, "default": ROOT / "models" / "bilstm.pt", "help": "the biLM"},
         "--build": {"metavar": "DIR", "type": Path, "default": ROOT / "build" / "baselines",
                     "help": "folder of the runs (default build/baselines)"}})
-    begin, elmo = time.perf_counter(), ELMo.load(options.bilstm)
-    task = ag_news_task("description", elmo.config.validation, elmo.config.seed)
-    rows, found = {}, {}
+    if (config.task, config.fields, config.finetune, config.ensemble) != ("ag_news", "description", False, False):
+        raise InputError("baselines are for ag_news by its descriptions, not fine-tuned; leave those knobs out")
+    elmo = ELMo.load(options.bilstm)
+    task = read_task(config, elmo.config)
+    size, rows, found = len(task.test), {}, {}
     rows["tfidf"], found["tfidf"] = tfidf(task)
-    knobs = without([word for word in argv if word != "--resume"], "--out", "--build")
     for kind in VECTORS:
-        path = options.build / f"{kind}.json"
-        wanted = {**vars(config), "vectors": kind, "setting": "trainable"}
-        if finished(path, elmo.digest, wanted) is None:
+        path, wanted = options.build / f"{kind}.json", replace(config, vectors=kind, setting="trainable")
+        free = {"log_every": config.log_every, "save_every": config.save_every}     # no number depends on these
+        knobs = {name: value for name, value in vars(wanted).items() if name not in free}
+        if (result := read_run(path, elmo.digest, size, knobs)) is None:
             print(f"training the head on {kind}", flush=True)
-            status = classification.main([*knobs, "--out", str(options.build), "--vectors", kind,
-                                          "--setting", "trainable", "--resume"])
-            if status:
+            if status := classify(wanted, options.build, options.bilstm, options.resume):
                 return status
-        rows[kind], found[kind] = row(json.loads(read_text(path)), "trainable")
+            result = read_run(path, elmo.digest, size, knobs)
+        rows[kind], found[kind] = row(result, "trainable")
     for name in ("classification", "finetuned"):
-        if (options.out / f"{name}.json").exists():
-            result = json.loads(read_text(options.out / f"{name}.json"))
-            for setting in result["settings"]:
-                key = "finetuned" if name == "finetuned" else setting
-                rows[key], found[key] = row(result, setting)
+        result = read_run(options.out / f"{name}.json", elmo.digest, size, {}) or {"settings": {}}
+        for setting in result["settings"]:
+            key = name if name == "finetuned" else setting
+            rows[key], found[key] = row(result, setting)
     for key, numbers in rows.items():
         numbers["against"] = {other: mcnemar(found[key] == task.test.labels, found[other] == task.test.labels)
                               for other in ("word2vec", "tfidf") if other != key}
     write_json(options.out / "baselines.json", {
-        "command": " ".join(["python", "report/baselines.py", *argv]), "machine": machine(torch.device("cpu")),
-        "minutes": (time.perf_counter() - begin) / 60, "bilm": elmo.digest, "rows": rows})
+        "command": " ".join(["python", "report/baselines.py", *(sys.argv[1:] if argv is None else argv)]),
+        "config": asdict(config), "versions": versions(), "machine": machine(torch.device(default_device())),
+        "minutes": sum(rows[key]["minutes"] for key in ("tfidf", *VECTORS)), "bilm": elmo.digest, "rows": rows})
     print(table(rows))
     return 0
-
-
-def without(argv: list[str], *flags: str) -> list[str]:
-    """The arguments without these flags and their values."""
-    out, skip = [], False
-    for word in argv:
-        if not skip and word not in flags:
-            out.append(word)
-        skip = not skip and word in flags
-    return out
 
 
 def table(rows: dict) -> str:

@@ -2,13 +2,16 @@
 
 OUT/{classification, finetuned, titled, sst5, word2vec, ..}.json, by the run's knobs:
     command, config, versions, machine, minutes (from command to file), peak_memory_gb, task, labels, bilm (digest)
-    history [of each run: {step, epoch, seconds, train_loss, validation.{setting}: {loss, accuracy} per seed}]
+    history [of each run: {step, epoch, seconds, train_loss (mean over heads, with dropout and label smoothing),
+        validation.{setting}: {loss, accuracy} per seed}]
     settings.{setting}: s, gamma (per seed; none for `function`), parameters, best (number of the seed that is best on
         validation rows), predictions (test rows' label numbers by the seeds' mean probabilities, a digit a row) and
         for train (10,000 of its rows), validation and test:
             accuracy, macro_f1: {mean, deviation} over seeds    seeds: [classification.metrics of each]
             together: classification.metrics of the seeds' mean probabilities
             fresh (AG News test): rows, accuracy, macro_f1 as above, and together: {accuracy}
+Seeds on a frozen biLM differ in weights and dropout and share the order of the batches, since the biLM runs once for
+all; fine-tuned ones differ in that order too. The pass whose weights are kept is chosen for all heads of a run.
 """
 import sys
 from collections.abc import Callable, Sequence

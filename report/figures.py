@@ -117,7 +117,9 @@ def classes_confused(result: dict, setting: str, part: str):
     off = counts - np.diag(np.diag(counts))
     i, j = np.unravel_index(off.argmax(), off.shape)
     worst = f"most often {labels[i]} is taken for {labels[j]}" if off.any() else "no row is mistaken"
-    axes.set_title(f"{setting}, {part} rows: {numbers['together']['accuracy']:.2%} right;\n"
+    seeds = len(numbers["seeds"])
+    mean = f", mean probabilities of {seeds} seeds" if seeds > 1 else ""
+    axes.set_title(f"{setting}, {part} rows: {numbers['together']['accuracy']:.2%} right{mean};\n"
                    f"{worst} (n = {counts.sum():,})", fontsize=9)
     figure.colorbar(image, ax=axes, shrink=0.8, label="percent of the gold class")
     return figure

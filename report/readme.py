@@ -88,8 +88,10 @@ def classification(r: dict) -> str:
             f"{test['macro_f1']['mean']:.4f}", f"{test['together']['calibration_error']:.3f}",
             f"{100 * test['together']['accuracy']:.2f}", mix]) + " |")
     seeds = len(r["settings"][next(iter(r["settings"]))]["test"]["seeds"])
-    return "\n".join(lines) + f"\n\nAccuracy in percent, mean{' ± deviation' * (seeds > 1)} of {seeds} seed" \
-        f"{'s' * (seeds > 1)}; *together* is the mean of the seeds' probabilities. {made(r)}"
+    return "\n".join(lines) + f"""
+
+Accuracy in percent, mean{' ± deviation' * (seeds > 1)} of {seeds} seed{'s' * (seeds > 1)}; *together* and the calibration
+error are those of the seeds' mean probabilities, s and gamma those of the saved seed. {made(r)}"""
 
 
 def baselines(r: dict) -> str:
@@ -102,8 +104,11 @@ def baselines(r: dict) -> str:
         lines.append("| " + " | ".join([
             NAMES.get(name, f"ELMo, {name}"), share(n["validation"]), share(n["test"]),
             share(n["fresh"]) if n["fresh"] else "-", f"{100 * n['together']:.2f}", *against]) + " |")
-    return "\n".join(lines) + f"\n\nAccuracy in percent. Differences are those of *together* on all test rows, with " \
-        f"95 % bootstrap intervals; p is of the exact two-sided McNemar test. Made by `{r['command']}`."
+    return "\n".join(lines) + f"""
+
+Accuracy in percent. Differences are those of *together* on all test rows, with 95 % bootstrap intervals; p is of the
+exact two-sided McNemar test, not corrected for their number. TF-IDF is one model, its knobs chosen on validation rows.
+Made by `{r['command']}`."""
 
 
 NAMES = {"tfidf": "linear TF-IDF", "word2vec": "Word2Vec", "svd": "SVD", "layer0": "layer 0 alone",

@@ -3,6 +3,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,8 +19,8 @@ import ELMO
 from classification import Classifier, Config, Head, ScalarMix, Texts, Trainer, Vectors, metrics
 from data import sample
 from data.files import InputError, read_published, write_published
-from data.prepare import NLI_LABELS, Part, ag_news_task, read_ag_news, read_pairs, read_trees, spans, svd
-from report import baselines, figures
+from data.prepare import NLI_LABELS, Part, ag_news_task, read_ag_news, read_pairs, read_trees, spans, split, svd
+from report import baselines, figures, readme
 
 SMALL = ["--hidden", "6", "--batch-tokens", "300", "--epochs", "2", "--log-every", "50"]
 TREES = ["(3 (2 It) (4 (2 's) (4 great)))", "(1 (2 A) (0 (0 bad) (2 film)))", "(2 (2 So) (2 so))",
@@ -98,12 +99,59 @@ def test_heads_side_by_side_compute_what_each_computes_alone(setting, knobs):
 
 @pytest.mark.parametrize("knobs", [{}, {"task": "nli"}])
 def test_what_stands_in_the_padding_does_not_matter(knobs):
-    head, n = head_of(Config(hidden=5, **knobs), "trainable"), torch.tensor([2, 6, 4, 3])
+    head, n = head_of(Config(hidden=5, **knobs), "trainable"), torch.tensor([2, 6, 4, 0])
     h = torch.randn(3, 2, 6, 4, 8)
     other = h.clone()
     for b, words in enumerate(n):
         other[:, :, words:, b] = torch.randn(3, 2, 6 - int(words), 8)
     assert torch.allclose(head(h, n), head(other, n), atol=1e-6)
+
+
+def test_each_seeds_gradient_is_clipped_on_its_own():
+    head = head_of(Config(hidden=5), "trainable", [0, 1])
+    for p in head.parameters():
+        p.grad = torch.ones_like(p)
+        p.grad.chunk(2)[1].mul_(1e-6)
+    head.clip(1.0)
+    for s, expected in ((0, 1.0), (1, 1e-6 * sum(p.numel() / 2 for p in head.parameters()) ** 0.5)):
+        norm = sum(float(p.grad.chunk(2)[s].square().sum()) for p in head.parameters()) ** 0.5
+        assert norm == pytest.approx(expected, rel=1e-4)
+
+
+def test_w_and_gamma_learn_at_their_own_rate_and_everything_else_at_the_heads(builtin, bilm):
+    trainer = trainer_of(ELMO.ELMo.load(bilm / "bilstm.pt"), Config(hidden=6))
+    fast = {id(p) for group in trainer.adamw.param_groups if group["highest"] == 2e-2 for p in group["params"]}
+    head = trainer.live["trainable"]
+    assert fast == {id(head.mix.w), id(head.mix.gamma)}
+    assert sum(len(group["params"]) for group in trainer.adamw.param_groups) == sum(
+        p.requires_grad for p in trainer.live.parameters())
+
+
+def test_the_averaged_weights_are_those_of_the_formula(builtin, bilm):
+    trainer = trainer_of(ELMO.ELMo.load(bilm / "bilstm.pt"), Config(hidden=6, batch_tokens=300, ema=0.15))
+    expected = None
+    for step in range(30):
+        trainer.step(step)
+        if step % 10 == 9:
+            now = trainer.live["function"].out.weight.detach().clone()
+            k = step // 10
+            expected = now if k == 0 else torch.lerp(expected, now, 1 - min(0.15, k / (k + 9)))
+    assert torch.allclose(trainer.model["function"].out.weight, expected, atol=1e-6)
+
+
+def trainer_of(elmo: ELMO.ELMo, config: Config) -> Trainer:
+    """On the built-in rows that $AG_NEWS_DIR names."""
+    task = ag_news_task("description", 60, 0)
+    parts = {name: Texts(getattr(task, name), elmo) for name in ("train", "validation")}
+    return Trainer(config, Vectors("elmo", elmo.model), parts, 4, [0])
+
+
+def test_validation_rows_are_those_that_the_bilm_never_saw(builtin):
+    _, held_out = split(300, 40, 7)             # of ELMO.py --rows 300 --validation 40 --seed 7
+    texts = read_ag_news("train").description.tolist()
+    task = ag_news_task("description", 40, 7, 300)
+    assert [text for text, in task.validation.texts] == [texts[i] for i in held_out]
+    assert len(task.train) == 560 and len(task.test) == 100
 
 
 def test_the_head_reads_the_vectors_that_users_receive_in_reading_order_and_from_the_end(elmo):
@@ -161,8 +209,9 @@ def test_mcnemar_counts_the_rows_that_one_alone_has_right():
 def test_a_tree_is_its_phrases_inner_ones_first():
     assert spans("(3 (2 It) (4 (2 's) (4 -LRB-)))") == [
         (2, "It"), (2, "'s"), (4, "("), (4, "'s ("), (3, "It 's (")]
-    for wrong in ("", "it", "(3 it", "3 it)", "(7 it)", "(3)", "(3 (2 it)) x", "((3 it))", "(2 a) (3 b)x("):
-        assert not spans(wrong) or wrong == "(2 a) (3 b)", wrong
+    assert spans(r"(2 (2 and\/or) (2 \*))") == [(2, "and/or"), (2, "*"), (2, "and/or *")]
+    for wrong in ("", "it", "(3 it", "3 it)", "(7 it)", "(3)", "(3 (2 it)) x", "((3 it))", "(2 a) (3 b)", "(2 a)("):
+        assert not spans(wrong), wrong
 
 
 def test_trees_give_roots_or_every_phrase_once_and_binary_leaves_neutral_ones_out(tasks):
@@ -170,8 +219,9 @@ def test_trees_give_roots_or_every_phrase_once_and_binary_leaves_neutral_ones_ou
     assert len(roots) == 12 and roots.texts[0] == ("It 's great",) and roots.labels[:4].tolist() == [3, 1, 2, 4]
     assert read_trees(tasks / "test.txt", False, True).labels[:3].tolist() == [1, 0, 1]
     phrases = read_trees(tasks / "train.txt", True, True)
-    assert sorted(phrases.texts) == [("'s great",), ("A bad film",), ("It 's great",), ("Very good",), ("Very",),
-                                     ("bad film",), ("bad",), ("good",), ("great",)] or len(phrases) == 9
+    assert sorted(zip(phrases.texts, phrases.labels.tolist(), strict=True)) == [
+        (("'s great",), 1), (("A bad film",), 0), (("It 's great",), 1), (("Very good",), 1), (("Very",), 1),
+        (("bad film",), 0), (("bad",), 0), (("good",), 1), (("great",), 1)]
 
 
 def test_svd_places_words_of_the_same_neighbours_together(elmo):
@@ -194,7 +244,7 @@ def test_a_run_writes_classifier_numbers_and_figures_and_nothing_else(whole):
         assert [numbers[part]["together"]["rows"] for part in ("train", "validation", "test")] == [540, 60, 100]
         assert sum(map(sum, numbers["test"]["together"]["confusion"])) == 100
         found = np.array(list(numbers["predictions"]), dtype=int)
-        gold = read_csv_labels(whole, 100)
+        gold = gold_labels(100)
         assert (found == gold).mean() == pytest.approx(numbers["test"]["together"]["accuracy"])
         seeds = [seed["accuracy"] for seed in numbers["test"]["seeds"]]
         assert numbers["test"]["accuracy"]["mean"] == pytest.approx(np.mean(seeds))
@@ -203,7 +253,7 @@ def test_a_run_writes_classifier_numbers_and_figures_and_nothing_else(whole):
         assert sum(s) == pytest.approx(1, abs=1e-5)
 
 
-def read_csv_labels(_, rows: int) -> np.ndarray:
+def gold_labels(rows: int) -> np.ndarray:
     """Gold labels of the built-in test rows."""
     return np.array([label - 1 for label, _, _ in sample.stream_rows(rows, 0, stream=1)])
 
@@ -227,10 +277,7 @@ def test_training_leaves_the_bilm_as_it_was(builtin, bilm, tmp_path):
     elmo = ELMO.ELMo.load(bilm / "bilstm.pt")
     weights = {name: value.clone() for name, value in elmo.model.state_dict().items()}
     for knobs in ({}, {"finetune": True, "unfreeze": 0.0, "bilm_lr": 0.01}):
-        task = ag_news_task("description", 60, 0)
-        parts = {name: Texts(getattr(task, name), elmo) for name in ("train", "validation")}
-        config = Config(hidden=6, batch_tokens=300, **knobs)
-        trainer = Trainer(config, Vectors("elmo", elmo.model), parts, 4, [0])
+        trainer = trainer_of(elmo, Config(hidden=6, batch_tokens=300, **knobs))
         for step in range(4):
             trainer.step(step)
         moved = trainer.live["bilm"].state_dict() if knobs else {}
@@ -241,10 +288,8 @@ def test_training_leaves_the_bilm_as_it_was(builtin, bilm, tmp_path):
 
 
 def test_lower_layers_of_a_bilm_that_learns_wait_for_their_turn(builtin, bilm):
-    elmo, task = ELMO.ELMo.load(bilm / "bilstm.pt"), ag_news_task("description", 60, 0)
-    parts = {name: Texts(getattr(task, name), elmo) for name in ("train", "validation")}
-    trainer = Trainer(Config(hidden=6, batch_tokens=300, finetune=True, unfreeze=0.2), Vectors("elmo", elmo.model),
-                      parts, 4, [0])
+    elmo = ELMO.ELMo.load(bilm / "bilstm.pt")
+    trainer = trainer_of(elmo, Config(hidden=6, batch_tokens=300, finetune=True, unfreeze=0.2))
     names = {"layers.1.w_x": 0.2, "layers.0.w_x": 0.4, "table": 0.6}
     first = {}
     for step in range(trainer.steps):
@@ -322,6 +367,19 @@ def test_every_kind_of_vectors_runs_under_the_same_head(builtin, bilm, tmp_path,
                                          f"confusion_{kind}_trainable_test.png"}
 
 
+@pytest.mark.parametrize("knobs", [{"representation": "char"}, {"width": 8}, {"skip": False},
+                                   {"representation": "word2vec", "freeze_word2vec": True}])
+def test_any_bilm_can_be_classified_with_and_fine_tuned(builtin, tmp_path, knobs):
+    texts = [text for _, _, text in sample.generate(600)]
+    ELMO.ELMo.train(texts, tiny(validation=60, epochs=0.5, batch_tokens=300, **knobs)).save(tmp_path / "bilstm.pt")
+    for more in (["--epochs", "0"], ["--finetune", "--rows", "50"], ["--vectors", "svd"], ["--adapt", "1"]):
+        assert run(tmp_path, tmp_path, *more, "--setting", "function") == 0
+    result = json.loads((tmp_path / "finetuned.json").read_text())
+    assert result["settings"]["function"]["train"]["together"]["rows"] == 50
+    alone = Classifier.load(tmp_path / "classifier.pt", tmp_path / "bilstm.pt").predict(["the bank sued ."])
+    assert len(alone) == 1 and Classifier.load(tmp_path / "adapted.pt").predict(["the bank sued ."])
+
+
 def test_an_adapted_bilm_knows_the_words_of_its_task(tasks, bilm, tmp_path):
     assert run(bilm, tmp_path / "out", "--task", "sst5", "--adapt", "1", "--setting", "trainable") == 0
     words = torch.load(tmp_path / "out" / "sst5.pt", weights_only=True)["bilm"]["words"]
@@ -330,21 +388,28 @@ def test_an_adapted_bilm_knows_the_words_of_its_task(tasks, bilm, tmp_path):
 
 
 def test_baselines_and_their_differences_from_the_jsons(builtin, whole, bilm, tmp_path):
-    argv = ["--out", str(whole), "--bilstm", str(bilm / "bilstm.pt"), "--build", str(tmp_path / "b"), *SMALL,
+    out = tmp_path / "out"
+    out.mkdir()
+    shutil.copy(whole / "classification.json", out)
+    argv = ["--out", str(out), "--bilstm", str(bilm / "bilstm.pt"), "--build", str(tmp_path / "b"), *SMALL,
             "--seeds", "2", "--epochs", "0.5"]
     assert baselines.main(argv) == 0
-    result = json.loads((whole / "baselines.json").read_text())
+    result = json.loads((out / "baselines.json").read_text())
     assert list(result["rows"]) == ["tfidf", *baselines.VECTORS, *classification.SETTINGS]
-    gold = read_csv_labels(whole, 100)
+    gold = gold_labels(100)
     found = json.loads((whole / "classification.json").read_text())["settings"]["function"]["predictions"]
     other = json.loads((tmp_path / "b" / "word2vec.json").read_text())["settings"]["trainable"]["predictions"]
     hit, miss = ([int(c) == g for c, g in zip(text, gold, strict=True)] for text in (found, other))
     against = result["rows"]["function"]["against"]["word2vec"]
     assert against["only_this"] == sum(a and not b for a, b in zip(hit, miss, strict=True))
     times = {name: os.stat(tmp_path / "b" / name).st_mtime_ns for name in os.listdir(tmp_path / "b")}
-    assert baselines.main(argv) == 0 and not result["rows"]["tfidf"]["against"].get("tfidf")
+    assert baselines.main(argv) == 0, "what is finished is not trained again"
     assert times == {name: os.stat(tmp_path / "b" / name).st_mtime_ns for name in os.listdir(tmp_path / "b")}
-    (whole / "baselines.json").unlink()
+    text = readme.filled("<!-- baselines.json -->old<!-- end --><!-- classification.json -->old<!-- end -->", out)
+    assert "old" not in text and f"{100 * result['rows']['function']['together']:.2f}" in text
+    assert baselines.main([*argv, "--task", "sst2"]) == 2
+    (out / "classification.json").write_text("{")
+    assert baselines.main(argv) == 2
 
 
 # ------------------------------------------------------------------------------------------- stops and resumes
@@ -354,19 +419,17 @@ def same(a: dict, b: dict) -> bool:
 
 @pytest.mark.parametrize("knobs", [{}, {"finetune": True, "unfreeze": 0.1}])
 def test_a_resumed_run_ends_with_the_same_weights(builtin, bilm, tmp_path, knobs):
-    elmo, task = ELMO.ELMo.load(bilm / "bilstm.pt"), ag_news_task("description", 60, 0)
-    parts = {name: Texts(getattr(task, name), elmo) for name in ("train", "validation")}
-    config, ends = Config(hidden=6, batch_tokens=600, **knobs), []
+    elmo, config, ends = ELMO.ELMo.load(bilm / "bilstm.pt"), Config(hidden=6, batch_tokens=600, **knobs), []
     for stop in (None, 17):
         file = tmp_path / f"{stop}.resume.pt"
-        trainer = Trainer(config, Vectors("elmo", elmo.model), parts, 4, [0])
+        trainer = trainer_of(elmo, config)
         if stop:
             with classification.Run(trainer, file) as part:
                 for step in range(stop):
                     part.count(*trainer.step(step))
                 part.save()
-            trainer = Trainer(config, Vectors("elmo", elmo.model), parts, 4, [0])
-        ends.append(classification.train(trainer, file, resume=bool(stop)).trainer.model.state_dict())
+            trainer = trainer_of(elmo, config)
+        ends.append(classification.train(trainer, file, resume=bool(stop)).best)
     assert same(*ends)
 
 
@@ -404,14 +467,19 @@ def test_a_run_killed_at_random_moments_and_resumed_ends_with_the_same_weights(c
 
 
 def test_ctrl_c_stops_between_two_steps_and_resumes(corpus, bilm, tmp_path):
-    process = command(corpus, bilm, tmp_path, "--epochs", "40")
+    argv = ["--epochs", "8", "--setting", "trainable"]
+    process = command(corpus, bilm, tmp_path / "stopped", *argv)
     for line in process.stdout:
         if '"step"' in line:
             break
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in printed and "--resume goes on" in printed
-    assert os.listdir(tmp_path) == ["classifier.0.resume.pt"]
+    assert os.listdir(tmp_path / "stopped") == ["classifier.0.resume.pt"]
+    for name, more in (("stopped", ["--resume"]), ("whole", [])):
+        assert command(corpus, bilm, tmp_path / name, *argv, *more).wait(120) == 0
+    assert same(*(torch.load(tmp_path / name / "classifier.pt", weights_only=True)["weights"]
+                  for name in ("stopped", "whole")))
 
 
 # ------------------------------------------------------------------------------------------------ the command
@@ -456,7 +524,10 @@ def refused(capsys, argv: list[str], out) -> str:
 @pytest.mark.parametrize("argv, message", [
     (["--setting", "best"], "invalid choice"), (["--seeds", "0"], "seeds is 0"), (["--rows", "541"], "rows is 541"),
     (["--task", "qnli"], "invalid choice"), (["--lr", "nan"], "lr is nan"), (["--colour"], "--colour"),
-    (["--vectors", "svd", "--finetune"], "has none"), (["--bilstm", "missing.pt"], "missing.pt is missing"),
+    (["--vectors", "svd", "--finetune"], "has none"),
+    (["--vectors", "svd", "--ensemble"], "not svd"),
+    (["--task", "sst2", "--fields", "title+description"], "no titles"),
+    (["--bilstm", "missing.pt"], "missing.pt is missing"),
     (["--bilstm", __file__], "cannot be opened"), (["--predict", "a"], "classifier.pt is missing"),
     (["--task", "sst2"], "SST_DIR is not set"), (["--task", "nli"], "NLI_DIR is not set"), (["extra"], "unrecognized")])
 def test_a_wrong_option_is_named_in_one_sentence(builtin, bilm, capsys, monkeypatch, tmp_path, argv, message):
@@ -495,7 +566,7 @@ def test_a_classifier_refuses_another_bilm(whole, tmp_path):
     ELMO.ELMo.train(SENTENCES * 3, tiny()).save(tmp_path / "other.pt")
     with pytest.raises(InputError, match="trained on another biLM"):
         Classifier.load(whole / "classifier.pt", tmp_path / "other.pt")
-    with pytest.raises(InputError, match="another biLM than None"):
+    with pytest.raises(InputError, match="needs the biLM"):
         Classifier.load(whole / "classifier.pt")
 
 
