@@ -90,8 +90,8 @@ def classification(r: dict) -> str:
     seeds = len(r["settings"][next(iter(r["settings"]))]["test"]["seeds"])
     return "\n".join(lines) + f"""
 
-Accuracy in percent, mean{' ± deviation' * (seeds > 1)} of {seeds} seed{'s' * (seeds > 1)}; *together* and the calibration
-error are those of the seeds' mean probabilities, s and gamma those of the saved seed. {made(r)}"""
+Accuracy in percent, mean{' ± deviation' * (seeds > 1)} of {seeds} seed{'s' * (seeds > 1)}; *together* and the
+calibration error are those of the seeds' mean probabilities, s and gamma those of the saved seed. {made(r)}"""
 
 
 def baselines(r: dict) -> str:
