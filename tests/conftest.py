@@ -38,6 +38,17 @@ def corpus(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def grammar(tmp_path_factory) -> Path:
+    """A folder with 6,000 rows of the built-in corpus and a biLM that has learned its order: who acts on whom."""
+    folder = tmp_path_factory.mktemp("grammar")
+    sample.write(folder, 6000, seed=1, test_rows=1000)
+    ELMO.ELMo.train([text for _, _, text in sample.generate(6000, seed=1)], ELMO.Config(
+        hidden=128, validation=500, epochs=6.0, batch_tokens=1000, negatives=1000, lr=0.006, table_lr=0.006,
+        dropout=0.05, min_count=1, log_every=10_000)).save(folder / "bilstm.pt")
+    return folder
+
+
 @pytest.fixture
 def builtin(corpus, monkeypatch) -> Path:
     """The same with $AG_NEWS_DIR naming it, for main(argv) in this process."""

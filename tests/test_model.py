@@ -35,7 +35,7 @@ def slow_states(model: ELMO.BiLM, ids: list[int], direction: int) -> list[torch.
 @pytest.mark.parametrize("hidden, width", [(6, 6), (10, 6)])
 def test_the_lstm_and_its_gradients_equal_torchs(hidden, width):
     torch.manual_seed(0)
-    layer = ELMO.Layer(width, hidden)
+    layer = ELMO.Layer(width, hidden, min(width, hidden))
     x = torch.randn(2, 7, 3, width, requires_grad=True)
     weight = torch.randn(2, 7, 3, width)
     (layer(x) * weight).sum().backward()
