@@ -66,7 +66,7 @@ class Config:
     batch_tokens: int = knob(3000, "positions (rows x T) of a batch", least=1)
     lr: float = knob(4e-3, "highest learning rate of the head (AdamW)", most=10)
     mix_lr: float = knob(2e-2, "highest learning rate of w and gamma", most=10)
-    bilm_lr: float = knob(2e-3, "finetune: that of the biLM's top layer; each layer below has 1 / 2.6 of it", most=10)
+    bilm_lr: float = knob(4e-3, "finetune: that of the biLM's top layer; each layer below has 1 / 2.6 of it", most=10)
     bilm_dropout: float = knob(0.1, "finetune: share of units left out of x, h_1 and h_2, as in pretraining", most=0.95)
     unfreeze: float = knob(0.05, "finetune: share of the steps between unfreezing layer 2, 1 and 0", most=0.5)
     warmup: float = knob(0.03, "share of the steps in which the rate rises; then it falls as a cosine", most=1)
