@@ -72,26 +72,37 @@ def made(r: dict) -> str:
             f"({r['machine']['device']}, {bf16} bf16 hardware).")
 
 
+def mix(n: dict) -> str:
+    """Layer weights of the saved head of a setting."""
+    if not n["s"]:
+        return "learned"
+    return f"{', '.join(f'{w:.2f}' for w in n['s'][n['best']])}; {n['gamma'][n['best']]:.2f}"
+
+
 def classification(r: dict) -> str:
     """Accuracy and macro-F1 of each setting, its layer weights, and how they were made."""
-    rows = {part: r["settings"][next(iter(r["settings"]))][part]["together"]["rows"] for part in ("train", "test")}
-    lines = [f"| setting | train ({rows['train']:,} rows) | validation | test ({rows['test']:,} rows) | test, fresh "
-             "| macro-F1, test | calibration error | together | s_0, s_1, s_2; gamma |", "|---|" + "--:|" * 8]
+    first = next(iter(r["settings"].values()))
+    rows = {part: first[part]["together"]["rows"] for part in ("train", "test")}
+    seeds, fresh = len(first["test"]["seeds"]), "fresh" in first["test"]
+    lines, marks = [], "mean ± deviation of" if seeds > 1 else "of"
     for setting, n in r["settings"].items():
-        test = n["test"]
-        mix = "learned"
-        if n["s"]:
-            mix = f"{', '.join(f'{w:.2f}' for w in n['s'][n['best']])}; {n['gamma'][n['best']]:.2f}"
-        fresh = share(test["fresh"]["accuracy"]) if "fresh" in test else "-"
-        lines.append("| " + " | ".join([
-            setting, share(n["train"]["accuracy"]), share(n["validation"]["accuracy"]), share(test["accuracy"]), fresh,
-            f"{test['macro_f1']['mean']:.4f}", f"{test['together']['calibration_error']:.3f}",
-            f"{100 * test['together']['accuracy']:.2f}", mix]) + " |")
-    seeds = len(r["settings"][next(iter(r["settings"]))]["test"]["seeds"])
+        test, cells = n["test"], {"setting": setting}
+        cells |= {f"train ({rows['train']:,} rows)": share(n["train"]["accuracy"]),
+                  "validation": share(n["validation"]["accuracy"]),
+                  f"test ({rows['test']:,} rows)": share(test["accuracy"])}
+        cells |= {"test, fresh": share(test["fresh"]["accuracy"])} if fresh else {}
+        cells |= {"together": f"{100 * test['together']['accuracy']:.2f}"} if seeds > 1 else {}
+        cells |= {"macro-F1": f"{test['macro_f1']['mean']:.4f}",
+                  "calibration error": f"{test['together']['calibration_error']:.3f}",
+                  "s_0, s_1, s_2; gamma": mix(n)}
+        lines = lines or [f"| {' | '.join(cells)} |", "|---|" + "--:|" * (len(cells) - 1)]
+        lines.append(f"| {' | '.join(cells.values())} |")
+    together = ("; *together* and the calibration\nerror are those of the seeds' mean "
+                "probabilities, s and gamma those of the saved seed") * (seeds > 1)
     return "\n".join(lines) + f"""
 
-Accuracy in percent, mean{' ± deviation' * (seeds > 1)} of {seeds} seed{'s' * (seeds > 1)}; *together* and the
-calibration error are those of the seeds' mean probabilities, s and gamma those of the saved seed. {made(r)}"""
+Accuracy in percent, {marks} {seeds} seed{'s' * (seeds > 1)}{together}.
+{made(r)}"""
 
 
 def baselines(r: dict) -> str:
