@@ -92,7 +92,7 @@ def classification(r: dict) -> str:
                   f"test ({rows['test']:,} rows)": share(test["accuracy"])}
         cells |= {"test, fresh": share(test["fresh"]["accuracy"])} if fresh else {}
         cells |= {"together": f"{100 * test['together']['accuracy']:.2f}"} if seeds > 1 else {}
-        cells |= {"macro-F1": f"{test['macro_f1']['mean']:.4f}",
+        cells |= {"macro-F1, test": f"{test['macro_f1']['mean']:.4f}",
                   "calibration error": f"{test['together']['calibration_error']:.3f}",
                   "s_0, s_1, s_2; gamma": mix(n)}
         lines = lines or [f"| {' | '.join(cells)} |", "|---|" + "--:|" * (len(cells) - 1)]

@@ -476,8 +476,13 @@ def test_ctrl_c_stops_between_two_steps_and_resumes(corpus, bilm, tmp_path):
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in printed and "--resume goes on" in printed
     assert os.listdir(tmp_path / "stopped") == ["classifier.0.resume.pt"]
-    printed, _ = command(corpus, bilm, tmp_path / "stopped", *argv, "--resume").communicate(timeout=120)
-    assert "classifier.pt" in os.listdir(tmp_path / "stopped") and '"epoch": 0.5' not in printed
+    for name, more in (("stopped", ["--resume"]), ("whole", [])):
+        process = command(corpus, bilm, tmp_path / name, *argv, *more)
+        printed, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, printed
+        assert ('"epoch": 0.5' in printed) == (name == "whole"), "a resumed run does not begin anew"
+    assert same(*(torch.load(tmp_path / name / "classifier.pt", weights_only=True)["weights"]
+                  for name in ("stopped", "whole")))
 
 
 # ------------------------------------------------------------------------------------------------ the command
