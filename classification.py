@@ -32,9 +32,10 @@ import ELMO
 from data.files import InputError, fitting, print_predictions, read_published, write_published
 from data.knobs import check_knobs, knob, script, script_arguments
 from data.machine import compute_dtype, default_device
+from data.ngrams import Ngrams
 from data.prepare import CACHE, Part, Task, check_rows, read_task, split, static_vectors
 from data.progress import Run, rate
-from data.text import Data, Encoded, Vocabulary, batches, tokenized
+from data.text import Data, Encoded, Texts, Vocabulary, batches, tokenized
 from ELMO import ELMo, Layer, RowAdam, collate
 
 HERE = Path(__file__).resolve().parent
@@ -53,6 +54,7 @@ class Config:
     fields: str = knob("description", "columns of AG News that are read", ("description", "title+description"))
     seeds: int = knob(1, "heads per setting, of the seeds from `seed` on", least=1, most=100)
     finetune: bool = knob(False, "the biLM learns too, each seed its own copy")
+    ngrams: bool = knob(False, "also a linear model of words and word pairs, its share chosen on validation rows")
     ensemble: bool = knob(False, "also save all seeds' classifiers as one, whose probabilities are their mean")
     adapt: float = knob(0.0, "passes of the biLM over the task's text first, its vocabulary grown by it", most=1000)
     adapt_lr: float = knob(2e-3, "highest learning rate of that, of the LSTMs and the table", most=10)
@@ -85,6 +87,8 @@ class Config:
             raise InputError(f"finetune moves a biLM; vectors {self.vectors} has none")
         if (self.ensemble or self.adapt) and self.vectors != "elmo":
             raise InputError(f"ensemble and adapt are for the vectors elmo, not {self.vectors}")
+        if self.ngrams and (self.vectors != "elmo" or self.pair):
+            raise InputError(f"ngrams is for single texts and the vectors elmo, not {self.task} and {self.vectors}")
         if "title" in self.fields and self.task != "ag_news":
             raise InputError(f"fields is {self.fields}, but the rows of {self.task} have no titles")
 
@@ -258,17 +262,6 @@ def dropout(x: Tensor, shape: tuple[int, ...], p: float, generator: torch.Genera
 
 
 # ---------------------------------------------------------------------------------------------------- vectors
-class Texts:
-    """A part of a task in the biLM's ids: a pair's first texts, then its second ones."""
-
-    def __init__(self, part: Part, elmo: ELMo, cache: Path | None = None):
-        self.labels, self.pair = torch.from_numpy(part.labels), len(part) > 0 and len(part.texts[0]) == 2
-        sides = [texts[side] for side in range(1 + self.pair) for texts in part.texts]
-        self.encoded = Encoded.of(tokenized(sides, elmo.config, cache), elmo.words, elmo.config)
-        self.words = np.diff(self.encoded.tokens.offsets)                       # (N,) or (2 N,)
-        self.lengths = self.words.reshape(1 + self.pair, -1).max(axis=0)        # (N,)
-
-
 def both_orders(h: Tensor, n: Tensor) -> Tensor:
     """(J, 2, T, B, 2P) for the head's two directions from the biLM's streams h (J, 2, T, B, P), n words in each row.
 
@@ -436,8 +429,8 @@ class Trainer:
             tokens = part.encoded.tokens
             for array in (part.labels.numpy(), tokens.ids, tokens.offsets, part.encoded.lookup):
                 found.update(np.ascontiguousarray(array).data)
-        knobs = asdict(self.config) | {"log_every": 0, "save_every": 0}     # no weight depends on these
-        return knobs | {"texts": found.hexdigest(), "biLM": self.digest, "seeds": self.seeds}
+        free = dict.fromkeys(("log_every", "save_every", "ngrams", "ensemble"), 0)      # no weight depends on these
+        return asdict(self.config) | free | {"texts": found.hexdigest(), "biLM": self.digest, "seeds": self.seeds}
 
     def state(self) -> dict:
         """All that the next step depends on, beside the identity."""
@@ -502,11 +495,13 @@ class Classifier:
         clf = Classifier.load("models/classifier.pt", "models/bilstm.pt", setting="trainable")
         clf.predict(["Oil prices fall."])       # [{"label": "Business", "probabilities": {"World": .., ...}}]
 
-    A member is (head, its biLM, {setting, seed, validation accuracy}); several members' probabilities are averaged.
+    A member is (head, its biLM, {setting, seed, validation accuracy}); several members' probabilities are averaged,
+    and those of `ngrams`, where there is one, mixed in.
     """
 
-    def __init__(self, config: Config, labels: Sequence[str], members: list[tuple[Head, ELMo, dict]]):
-        self.config, self.labels, self.members = config, list(labels), members
+    def __init__(self, config: Config, labels: Sequence[str], members: list[tuple[Head, ELMo, dict]],
+                 ngrams: Ngrams | None = None):
+        self.config, self.labels, self.members, self.ngrams = config, list(labels), members, ngrams
 
     @classmethod
     def load(cls, path: str | Path, bilstm: str | Path | None = None, setting: str | None = None,
@@ -535,7 +530,8 @@ class Classifier:
                 raise InputError(f"{path} holds no setting {setting!r}; expected one of {', '.join(settings)}")
             chosen = [cls.member(content, config, i, own[member["bilm"]]) for i, member in enumerate(members)
                       if member["setting"] == setting]
-            return cls(config, content["labels"], chosen)
+            linear = part_of(content["weights"], "ngrams.")
+            return cls(config, content["labels"], chosen, Ngrams(linear, len(content["labels"])) if linear else None)
 
     @staticmethod
     def member(content: dict, config: Config, i: int, elmo: ELMo) -> tuple[Head, ELMo, dict]:
@@ -551,6 +547,7 @@ class Classifier:
         bilms = list(dict.fromkeys(elmo for _, elmo, _ in self.members))
         weights = {f"head.{i}.{name}": value for i, (head, _, _) in enumerate(self.members)
                    for name, value in head.state_dict().items()}
+        weights |= {f"ngrams.{name}": value for name, value in (self.ngrams.weights if self.ngrams else {}).items()}
         source = {"count": 0, "digest": bilm}
         if bilm is None:
             weights |= {f"bilm.{i}.{name}": value for i, elmo in enumerate(bilms)
@@ -579,11 +576,12 @@ class Classifier:
         for i in np.flatnonzero(encoded.words == 0)[:1]:
             raise InputError(f"text {i % len(texts)} has no words; there is nothing to classify")
         total = torch.zeros(len(texts), len(self.labels))
+        q = self.ngrams and self.ngrams.probabilities([text for text, in texts])
         for elmo in dict.fromkeys(elmo for _, elmo, _ in self.members):     # each biLM runs once
             dtype = compute_dtype(precision, elmo.model.table.device)
             heads = {str(i): head for i, (head, own, _) in enumerate(self.members) if own is elmo}
             for p in probabilities(heads, Vectors(self.config.vectors, elmo.model), encoded, dtype).values():
-                total += p[0]
+                total += self.ngrams.mixed(p[0], q) if self.ngrams else p[0]
         return total / len(self.members)
 
 
@@ -649,16 +647,17 @@ def classify(config: Config, out: Path, bilstm: Path, resume: bool) -> int:
             return 130
         trainer.model.load_state_dict({name: value.half().float() for name, value in runs[-1].best.items()})
     trained = runs[bool(config.adapt):]
-    result = downstream.measure(trained, task, metrics) | {"bilm": digest}
+    ngrams = Ngrams.fit([t for t, in task.train.texts], task.train.labels, len(task.labels)) if config.ngrams else None
+    result = downstream.measure(trained, task, metrics, ngrams) | {"bilm": digest}
     if config.vectors == "elmo":
-        save(config, trained, result, elmo, out)
+        save(config, trained, result, elmo, ngrams, out)
     downstream.publish(result, out, config.stem, time.perf_counter() - begin + sum(run.earlier for run in runs))
     for run in runs:
         run.file.unlink(missing_ok=True)
     return 0
 
 
-def save(config: Config, runs: list[Run], result: dict, elmo: ELMo, out: Path) -> None:
+def save(config: Config, runs: list[Run], result: dict, elmo: ELMo, ngrams: Ngrams | None, out: Path) -> None:
     """OUT's .pt: per setting the seed that is best on validation rows; with --ensemble another one of all seeds."""
     best, every = [], []
     for setting, numbers in result["settings"].items():
@@ -674,10 +673,10 @@ def save(config: Config, runs: list[Run], result: dict, elmo: ELMo, out: Path) -
     scores = {setting: {part: r[part]["accuracy"]["mean"] for part in ("train", "validation", "test")}
               for setting, r in result["settings"].items()}
     digest = None if config.finetune or config.adapt else result["bilm"]
-    Classifier(config, result["labels"], best).save(out / f"{config.stem or 'classifier'}.pt", digest, scores)
+    Classifier(config, result["labels"], best, ngrams).save(out / f"{config.stem or 'classifier'}.pt", digest, scores)
     if config.ensemble:
         name = "ensemble" if config.stem == "finetuned" else f"{config.stem or 'classifier'}_ensemble"
-        Classifier(config, result["labels"], every).save(out / f"{name}.pt", digest, scores)
+        Classifier(config, result["labels"], every, ngrams).save(out / f"{name}.pt", digest, scores)
 
 
 @script("classification.py")

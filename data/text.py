@@ -17,7 +17,7 @@ import torch
 from nltk.tokenize import RegexpTokenizer
 from torch import Tensor
 
-from data.prepare import Tokens, spell, tokenize_corpus
+from data.prepare import Part, Tokens, spell, tokenize_corpus
 
 PAD, UNK, BOS, EOS = range(4)
 SPECIAL = ["<pad>", "<unk>", "<s>", "</s>"]
@@ -118,6 +118,17 @@ class Data:
                              minlength=len(self.words))
         counts[[BOS, EOS]] = len(self.train)
         return counts
+
+
+class Texts:
+    """A part of a task in the ids of an ELMo: a pair's first texts, then its second ones."""
+
+    def __init__(self, part: Part, elmo, cache: Path | None = None):
+        self.labels, self.pair = torch.from_numpy(part.labels), len(part) > 0 and len(part.texts[0]) == 2
+        sides = [texts[side] for side in range(1 + self.pair) for texts in part.texts]
+        self.encoded = Encoded.of(tokenized(sides, elmo.config, cache), elmo.words, elmo.config)
+        self.words = np.diff(self.encoded.tokens.offsets)                       # (N,) or (2 N,)
+        self.lengths = self.words.reshape(1 + self.pair, -1).max(axis=0)        # (N,)
 
 
 def batches(lengths: np.ndarray, positions: int, generator: np.random.Generator | None = None) -> list[np.ndarray]:

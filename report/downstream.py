@@ -10,6 +10,8 @@ OUT/{classification, finetuned, titled, sst5, word2vec, ..}.json, by the run's k
             accuracy, macro_f1: {mean, deviation} over seeds    seeds: [classification.metrics of each]
             together: classification.metrics of the seeds' mean probabilities
             fresh (AG News test): rows, accuracy, macro_f1 as above, and together: {accuracy}
+            without_ngrams (with --ngrams): accuracy as above, and together: {accuracy}
+    ngrams (with --ngrams): share of the linear model, accuracy of it alone on train, validation and test rows
 Seeds on a frozen biLM differ in weights and dropout and share the order of the batches, since the biLM runs once for
 all; fine-tuned ones differ in that order too. The pass whose weights are kept is chosen for all heads of a run.
 """
@@ -19,10 +21,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from data.files import write_json
 from data.machine import machine, peak_memory_gb, versions
-from data.prepare import Task
+from data.ngrams import Ngrams
+from data.prepare import Part, Task
 from report import figures
 
 SAMPLE = 10_000     # training rows that are measured
@@ -39,7 +43,7 @@ def summary(p: np.ndarray, gold: np.ndarray, labels: Sequence[str], metrics: Cal
     return out
 
 
-def measure(runs: list, task: Task, metrics: Callable) -> dict:
+def measure(runs: list, task: Task, metrics: Callable, ngrams: Ngrams | None = None) -> dict:
     """A result without what `publish` adds, from finished runs whose trainers hold the weights to be measured."""
     trainer = runs[0].trainer
     config, parts = trainer.config, trainer.parts
@@ -48,19 +52,22 @@ def measure(runs: list, task: Task, metrics: Callable) -> dict:
               "history": [run.history for run in runs], "settings": {}}
     for setting in config.settings:
         result["settings"][setting] = {"s": [], "gamma": []}
-    for name, gold, rows in (("train", task.train.labels[sample], sample), ("validation", task.validation.labels, None),
-                             ("test", task.test.labels, None)):
-        found = [run.trainer.probabilities(parts[name], rows) for run in runs]
+    every = {"validation": task.validation, "train": task.train.take(sample), "test": task.test}
+    for name, part in every.items():        # validation first: it chooses the linear model's share
+        found = [run.trainer.probabilities(parts[name], sample if name == "train" else None) for run in runs]
+        plain = {setting: torch.cat([each[setting] for each in found]) for setting in config.settings}      # (S, N, C)
+        mixed = plain if ngrams is None else mix_in(ngrams, plain, part, name, result)
         for setting, numbers in result["settings"].items():
-            p = np.concatenate([each[setting].numpy() for each in found])           # (S, N, C)
-            numbers[name] = summary(p, gold, task.labels, metrics)
+            p = mixed[setting].numpy()
+            numbers[name] = summary(p, part.labels, task.labels, metrics)
+            if ngrams:
+                alone = summary(plain[setting].numpy(), part.labels, task.labels, metrics)
+                numbers[name]["without_ngrams"] = brief(alone)
             if name == "test":
                 numbers["predictions"] = "".join(map(str, p.mean(axis=0).argmax(axis=1)))
             if name == "test" and task.fresh is not None and task.fresh.any():
-                part = summary(p[:, task.fresh], gold[task.fresh], task.labels, metrics)
-                numbers["test"]["fresh"] = {"rows": int(task.fresh.sum()), "accuracy": part["accuracy"],
-                                            "macro_f1": part["macro_f1"],
-                                            "together": {"accuracy": part["together"]["accuracy"]}}
+                fresh = summary(p[:, task.fresh], part.labels[task.fresh], task.labels, metrics)
+                numbers[name]["fresh"] = {"rows": int(task.fresh.sum()), "macro_f1": fresh["macro_f1"]} | brief(fresh)
     for setting, numbers in result["settings"].items():
         heads = [run.trainer.model[setting] for run in runs]
         for head in heads if hasattr(heads[0].mix, "gamma") else []:
@@ -69,6 +76,21 @@ def measure(runs: list, task: Task, metrics: Callable) -> dict:
         numbers["parameters"] = sum(value.numel() for value in heads[0].state_dict().values()) // heads[0].S
         numbers["best"] = int(np.argmax([seed["accuracy"] for seed in numbers["validation"]["seeds"]]))
     return result
+
+
+def brief(numbers: dict) -> dict:
+    """The accuracy of a summary, over seeds and of their mean."""
+    return {"accuracy": numbers["accuracy"], "together": {"accuracy": numbers["together"]["accuracy"]}}
+
+
+def mix_in(ngrams: Ngrams, plain: dict, part: Part, name: str, result: dict) -> dict:
+    """{setting: (S, N, C)} with the linear model's share, which validation rows choose; result["ngrams"] says it."""
+    q, gold = ngrams.probabilities([text for text, in part.texts]), torch.from_numpy(part.labels)
+    if name == "validation":
+        ngrams.choose(list(plain.values()), q, gold)
+        result["ngrams"] = {"share": float(ngrams.weights["share"]), "accuracy": {}}
+    result["ngrams"]["accuracy"][name] = float((q.argmax(dim=1) == gold).double().mean())
+    return {setting: ngrams.mixed(p, q) for setting, p in plain.items()}
 
 
 def publish(result: dict, out: Path, stem: str, seconds: float) -> None:

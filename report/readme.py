@@ -97,11 +97,19 @@ def classification(r: dict) -> str:
                   "s_0, s_1, s_2; gamma": mix(n)}
         lines = lines or [f"| {' | '.join(cells)} |", "|---|" + "--:|" * (len(cells) - 1)]
         lines.append(f"| {' | '.join(cells.values())} |")
+        if "ngrams" in r:
+            plain = {part: n[part]["without_ngrams"] for part in ("train", "validation", "test")}
+            lines.append("| " + " | ".join([
+                "without n-grams", *(share(p["accuracy"]) for p in plain.values()), *[""] * fresh,
+                *[f"{100 * plain['test']['together']['accuracy']:.2f}"] * (seeds > 1), "", "", ""]) + " |")
     together = ("; *together* and the calibration\nerror are those of the seeds' mean "
                 "probabilities, s and gamma those of the saved seed") * (seeds > 1)
+    linear = "" if "ngrams" not in r else (
+        f"\nThe linear model alone: {r['ngrams']['accuracy']['validation']:.2%} of validation and "
+        f"{r['ngrams']['accuracy']['test']:.2%} of test rows; its share is {r['ngrams']['share']:.4g}.")
     return "\n".join(lines) + f"""
 
-Accuracy in percent, {marks} {seeds} seed{'s' * (seeds > 1)}{together}.
+Accuracy in percent, {marks} {seeds} seed{'s' * (seeds > 1)}{together}.{linear}
 {made(r)}"""
 
 

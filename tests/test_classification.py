@@ -13,12 +13,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SENTENCES, tiny
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
 
 import classification
 import ELMO
 from classification import Classifier, Config, Head, ScalarMix, Texts, Trainer, Vectors, metrics
 from data import sample
 from data.files import InputError, read_published, write_published
+from data.ngrams import Ngrams
 from data.prepare import NLI_LABELS, Part, ag_news_task, read_ag_news, read_pairs, read_trees, spans, split, svd
 from report import baselines, figures, readme
 
@@ -341,12 +344,13 @@ def test_texts_that_cannot_be_classified_are_named(whole, bilm, texts, message):
     (["--task", "nli", "--validation", "6"], {"nli.pt", "nli.json", "curves_nli.png"}),
     (["--task", "nli", "--validation", "6", "--finetune"],
      {"nli_finetuned.pt", "nli_finetuned.json", "curves_nli_finetuned.png"}),
-    (["--fields", "title+description", "--finetune", "--seeds", "2", "--ensemble"],
+    (["--fields", "title+description", "--finetune", "--ngrams", "--seeds", "2", "--ensemble"],
      {"titled.pt", "titled_ensemble.pt", "titled.json", "curves_titled.png"}),
     (["--finetune", "--seeds", "2", "--ensemble"],
      {"finetuned.pt", "ensemble.pt", "finetuned.json", "curves_finetuned.png"})])
-def test_every_task_runs_from_its_files_to_predictions(builtin, tasks, bilm, tmp_path, more, files):
+def test_every_task_runs_from_its_files_to_predictions(builtin, tasks, bilm, tmp_path, monkeypatch, more, files):
     out = tmp_path / "out"
+    monkeypatch.setattr("data.ngrams.COLUMNS", 2**12)
     assert run(bilm, out, *more) == 0
     found = set(os.listdir(out))
     assert files <= found and all(name.startswith("confusion_") for name in found - files)
@@ -358,6 +362,49 @@ def test_every_task_runs_from_its_files_to_predictions(builtin, tasks, bilm, tmp
             answers = clf.predict([("the bank", "the court sued .")] if pair else ["the bank sued ."])
             assert answers[0]["label"] in clf.labels and sum(answers[0]["probabilities"].values()) == pytest.approx(1)
             assert len(clf.members) == (2 if "ensemble" in file else 1)
+            assert (clf.ngrams is not None) == ("--ngrams" in more)
+
+
+def test_a_linear_models_share_is_in_the_file_as_it_was_measured(builtin, bilm, tmp_path, monkeypatch):
+    monkeypatch.setattr("data.ngrams.COLUMNS", 2**12)
+    assert run(bilm, tmp_path, "--ngrams", "--setting", "frozen", "--seeds", "2", "--ensemble", "--epochs", "0.2") == 0
+    result = json.loads((tmp_path / "classification.json").read_text())
+    share, test = result["ngrams"]["share"], result["settings"]["frozen"]["test"]
+    clf = Classifier.load(tmp_path / "classifier_ensemble.pt", bilm / "bilstm.pt")
+    texts = read_ag_news("test").description.tolist()
+    assert share > 0, "the head has hardly begun to learn"
+    found = [str(clf.labels.index(answer["label"])) for answer in clf.predict(texts)]
+    assert sum(a != b for a, b in zip(found, result["settings"]["frozen"]["predictions"], strict=True)) <= 1
+    q, plain = clf.ngrams.probabilities(texts), Classifier(clf.config, clf.labels, clf.members).probabilities(texts)
+    assert np.mean(q.argmax(dim=1).numpy() == gold_labels(100)) == pytest.approx(result["ngrams"]["accuracy"]["test"])
+    assert np.mean(plain.argmax(dim=1).numpy() == gold_labels(100)) == pytest.approx(
+        test["without_ngrams"]["together"]["accuracy"], abs=0.011)
+    text = readme.filled("<!-- classification.json -->old<!-- end -->", tmp_path)
+    assert "without n-grams" in text and f"its share is {share:.4g}" in text
+
+
+def test_the_linear_model_is_scikit_learns_over_all_words_and_pairs():
+    words, order = ["oil", "prices", "team", "won", "chip", "war"], np.random.default_rng(0)
+    texts = [" ".join(order.choice(words, size=6)) for _ in range(60)]
+    gold = np.array([("oil" in text) + 2 * ("war" in text) for text in texts]) % 3
+    vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
+    expected = LogisticRegression(C=30).fit(vectorizer.fit_transform(texts), gold)
+    p = Ngrams.fit(texts, gold, 4).probabilities(texts).numpy()
+    assert np.allclose(p[:, :3], expected.predict_proba(vectorizer.transform(texts)), atol=5e-3)
+    assert (p[:, 3] == 0).all(), "no row is of the fourth class"
+    two = Ngrams.fit(texts, (gold > 0).astype(int), 2)
+    assert np.mean(two.probabilities(texts).argmax(dim=1).numpy() == (gold > 0)) > 0.9
+
+
+def test_the_share_of_the_linear_model_is_the_one_of_lowest_cross_entropy():
+    model = Ngrams.fit(["oil", "war"], np.array([0, 1]), 2)
+    q, gold = torch.tensor([[0.9, 0.1], [0.2, 0.8]]), torch.tensor([0, 1])
+    model.choose([torch.full((1, 2, 2), 0.5)], q, gold)                     # the others know nothing
+    assert float(model.weights["share"]) == 0.5
+    mixed = model.mixed(torch.tensor([[[0.5, 0.5], [0.5, 0.5]]]), q)
+    assert mixed[0, 0, 0] == pytest.approx(0.9**0.5 / (0.9**0.5 + 0.1**0.5))
+    model.choose([torch.tensor([[[0.99, 0.01], [0.01, 0.99]]])], q, gold)   # the others know all
+    assert float(model.weights["share"]) == 0
 
 
 @pytest.mark.parametrize("kind", ["layer0", "layer2", "average", "untrained", "word2vec", "svd"])
@@ -528,7 +575,7 @@ def refused(capsys, argv: list[str], out) -> str:
     (["--setting", "best"], "invalid choice"), (["--seeds", "0"], "seeds is 0"), (["--rows", "541"], "rows is 541"),
     (["--task", "qnli"], "invalid choice"), (["--lr", "nan"], "lr is nan"), (["--colour"], "--colour"),
     (["--vectors", "svd", "--finetune"], "has none"),
-    (["--vectors", "svd", "--ensemble"], "not svd"),
+    (["--vectors", "svd", "--ensemble"], "not svd"), (["--task", "nli", "--ngrams"], "ngrams is for"),
     (["--task", "sst2", "--fields", "title+description"], "no titles"),
     (["--bilstm", "missing.pt"], "missing.pt is missing"),
     (["--bilstm", __file__], "cannot be opened"), (["--predict", "a"], "classifier.pt is missing"),
@@ -577,6 +624,7 @@ def test_a_classifier_refuses_another_bilm(whole, tmp_path):
     (lambda c: c["config"].update(hidden=7), "does not fit together"), (lambda c: c["labels"].pop(), "does not fit"),
     (lambda c: c["members"][0].pop("bilm"), "does not fit"), (lambda c: c["weights"].clear(), "does not fit"),
     (lambda c: c.update(format="elmo-bilm-1"), "is of format"), (lambda c: c.pop("labels"), "expected the keys"),
+    (lambda c: c["weights"].update({"ngrams.bias": torch.zeros(4).half()}), "linear model"),
     (lambda c: c.update(members=[]), "no setting"), (lambda c: c.update(bilm={"count": 2}), "does not fit")])
 def test_parts_that_do_not_fit_together_are_refused_though_the_digest_is_right(whole, bilm, tmp_path, change, message):
     content = read_published(whole / "classifier.pt", classification.FORMAT, set())
