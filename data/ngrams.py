@@ -8,9 +8,11 @@
 It knows no meaning and little order, and errs on other rows than a biLM does.
 """
 from collections.abc import Sequence
+from warnings import catch_warnings, simplefilter
 
 import numpy as np
 import torch
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
@@ -40,7 +42,10 @@ class Ngrams:
         if len(np.unique(labels)) < 2:
             raise InputError("ngrams: the training rows are all of one class; take more --rows")
         transformer = TfidfTransformer(sublinear_tf=True)
-        model = LogisticRegression(C=30, max_iter=100).fit(transformer.fit_transform(hashed(texts)), labels)
+        x = transformer.fit_transform(hashed(texts))
+        with catch_warnings():
+            simplefilter("ignore", ConvergenceWarning)      # 100 passes are the recipe, converged or not
+            model = LogisticRegression(C=30, max_iter=100).fit(x, labels)
         weight, bias = torch.zeros(classes, COLUMNS), torch.full((classes,), -1e4)
         bias[model.classes_] = 0
         rows = model.classes_[-len(model.coef_):]       # of two classes, only the second has weights
