@@ -9,7 +9,7 @@ The biLM runs once per batch for all settings and seeds, whose heads train side 
 the longest, J layers, D their width, S seeds, I width of the mix, H cells of a head's LSTM, C classes.
 
     python classification.py                    AG News in three settings: models/classifier.pt, classification.json
-    python classification.py --finetune         the biLM learns too: models/finetuned.pt
+    python classification.py --finetune         the biLM learns too: models/finetuned.pt; --ngrams adds a linear model
     python classification.py --task sst5        or sst2, nli; --adapt 2 trains the biLM on the task's text first
     python classification.py --predict "text"   label and probabilities; --predict - takes the lines of standard input
 """
@@ -87,8 +87,6 @@ class Config:
             raise InputError(f"finetune moves a biLM; vectors {self.vectors} has none")
         if (self.ensemble or self.adapt) and self.vectors != "elmo":
             raise InputError(f"ensemble and adapt are for the vectors elmo, not {self.vectors}")
-        if self.ngrams and (self.vectors != "elmo" or self.pair):
-            raise InputError(f"ngrams is for single texts and the vectors elmo, not {self.task} and {self.vectors}")
         if "title" in self.fields and self.task != "ag_news":
             raise InputError(f"fields is {self.fields}, but the rows of {self.task} have no titles")
 
@@ -531,7 +529,8 @@ class Classifier:
             chosen = [cls.member(content, config, i, own[member["bilm"]]) for i, member in enumerate(members)
                       if member["setting"] == setting]
             linear = part_of(content["weights"], "ngrams.")
-            return cls(config, content["labels"], chosen, Ngrams(linear, len(content["labels"])) if linear else None)
+            ngrams = Ngrams(linear, len(content["labels"])) if config.ngrams else None
+            return cls(config, content["labels"], chosen, ngrams)
 
     @staticmethod
     def member(content: dict, config: Config, i: int, elmo: ELMo) -> tuple[Head, ELMo, dict]:
@@ -576,7 +575,7 @@ class Classifier:
         for i in np.flatnonzero(encoded.words == 0)[:1]:
             raise InputError(f"text {i % len(texts)} has no words; there is nothing to classify")
         total = torch.zeros(len(texts), len(self.labels))
-        q = self.ngrams and self.ngrams.probabilities([text for text, in texts])
+        q = self.ngrams and self.ngrams.probabilities(texts)
         for elmo in dict.fromkeys(elmo for _, elmo, _ in self.members):     # each biLM runs once
             dtype = compute_dtype(precision, elmo.model.table.device)
             heads = {str(i): head for i, (head, own, _) in enumerate(self.members) if own is elmo}
@@ -640,6 +639,7 @@ def classify(config: Config, out: Path, bilstm: Path, resume: bool) -> int:
     vectors, every = vectors_of(config, elmo, task), range(config.seed, config.seed + config.seeds)
     print(f"{task.name}: {len(task.train):,} training, {len(task.validation):,} validation, {len(task.test):,} test "
           f"rows; {', '.join(config.settings)}; {config.seeds} seed(s); {vectors.J} x {vectors.D} a word", flush=True)
+    ngrams = Ngrams.fit(task.train.texts, task.train.labels, len(task.labels)) if config.ngrams else None
     for seeds in [[seed] for seed in every] if config.finetune else [list(every)]:
         trainer = Trainer(config, vectors, parts, len(task.labels), seeds, digest)
         runs.append(train(trainer, out / f"{name}.{seeds[0]}.resume.pt", resume))
@@ -647,7 +647,6 @@ def classify(config: Config, out: Path, bilstm: Path, resume: bool) -> int:
             return 130
         trainer.model.load_state_dict({name: value.half().float() for name, value in runs[-1].best.items()})
     trained = runs[bool(config.adapt):]
-    ngrams = Ngrams.fit([t for t, in task.train.texts], task.train.labels, len(task.labels)) if config.ngrams else None
     result = downstream.measure(trained, task, metrics, ngrams) | {"bilm": digest}
     if config.vectors == "elmo":
         save(config, trained, result, elmo, ngrams, out)

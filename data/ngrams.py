@@ -1,7 +1,7 @@
 """A linear classifier of hashed words and pairs of words, and its share of the probabilities: --ngrams.
 
-    ngrams = Ngrams.fit(texts, labels, classes=4)
-    q = ngrams.probabilities(texts)             # (N, C)
+    ngrams = Ngrams.fit(rows, labels, classes=4)        # rows: tuples of texts, as in data.prepare.Part
+    q = ngrams.probabilities(rows)              # (N, C)
     ngrams.choose([p], q, gold)                 # p (S, N, C) of other classifiers, on validation rows
     ngrams.mixed(p, q)                          # (S, N, C)
 
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from data.files import InputError
 
-COLUMNS = 2**18     # with 2^20, 0.5 points more on AG News' validation rows alone, and none in the mixture
-SHARES = [k / 16 for k in range(9)]     # exact in half precision
+COLUMNS = 2**18     # on validation rows 2^20 are no better in the mixture
+SHARES = [k / 16 for k in range(9)]     # up to one half; exact in half precision
 
 
 class Ngrams:
@@ -30,34 +30,36 @@ class Ngrams:
     """
 
     def __init__(self, weights: dict[str, Tensor], classes: int):
-        """ValueError where the weights are not those of as many classes."""
+        """ValueError where the weights are not those of such a model of as many classes."""
         shapes = {"weight": (classes, COLUMNS), "bias": (classes,), "idf": (COLUMNS,), "share": ()}
         if {name: tuple(value.shape) for name, value in weights.items()} != shapes:
             raise ValueError(f"its linear model has not the shapes {shapes}")
         self.weights = {name: value.half().float() for name, value in weights.items()}
+        if not all(value.isfinite().all() for value in self.weights.values()) or not 0 <= self.weights["share"] <= 1:
+            raise ValueError("its linear model holds weights that are not finite, or a share outside 0 to 1")
 
     @classmethod
-    def fit(cls, texts: Sequence[str], labels: np.ndarray, classes: int) -> "Ngrams":
+    def fit(cls, rows: Sequence[tuple[str, ...]], labels: np.ndarray, classes: int) -> "Ngrams":
         """Logistic regression by scikit-learn; a class without a training row has probability 0."""
         if len(np.unique(labels)) < 2:
             raise InputError("ngrams: the training rows are all of one class; take more --rows")
         transformer = TfidfTransformer(sublinear_tf=True)
-        x = transformer.fit_transform(hashed(texts))
+        x = transformer.fit_transform(hashed(rows))
         with catch_warnings():
-            simplefilter("ignore", ConvergenceWarning)      # 100 passes are the recipe, converged or not
+            simplefilter("ignore", ConvergenceWarning)      # C was chosen with as many iterations
             model = LogisticRegression(C=30, max_iter=100).fit(x, labels)
         weight, bias = torch.zeros(classes, COLUMNS), torch.full((classes,), -1e4)
         bias[model.classes_] = 0
-        rows = model.classes_[-len(model.coef_):]       # of two classes, only the second has weights
-        weight[rows], bias[rows] = (torch.from_numpy(part).float() for part in (model.coef_, model.intercept_))
+        at = model.classes_[-len(model.coef_):]         # of two classes, only the second has weights
+        weight[at], bias[at] = (torch.from_numpy(part).float() for part in (model.coef_, model.intercept_))
         idf = torch.from_numpy(transformer.idf_)
         return cls({"weight": weight, "bias": bias, "idf": idf, "share": torch.zeros(())}, classes)
 
-    def probabilities(self, texts: Sequence[str]) -> Tensor:
+    def probabilities(self, rows: Sequence[tuple[str, ...]]) -> Tensor:
         """(N, C) float32."""
         transformer = TfidfTransformer(sublinear_tf=True)
         transformer.idf_ = self.weights["idf"].double().numpy()
-        x = transformer.transform(hashed(texts))
+        x = transformer.transform(hashed(rows))
         logits = x @ self.weights["weight"].double().numpy().T + self.weights["bias"].double().numpy()
         return torch.from_numpy(logits).float().softmax(dim=1)
 
@@ -70,11 +72,12 @@ class Ngrams:
         self.weights["share"] = torch.tensor(min(nats, key=nats.get))
 
     def mixed(self, p: Tensor, q: Tensor) -> Tensor:
-        """p^(1 - share) q^share, of sum 1: a geometric mean, which one sure of a class outvotes one in doubt."""
+        """p^(1 - share) q^share, of sum 1: a geometric mean, in which who is sure outvotes who is in doubt."""
         share = float(self.weights["share"])
         return ((1 - share) * p.clamp(min=1e-12).log() + share * q.clamp(min=1e-12).log()).softmax(dim=-1)
 
 
-def hashed(texts: Sequence[str]):
+def hashed(rows: Sequence[tuple[str, ...]]):
     """(N, COLUMNS) sparse counts of words and pairs of words."""
-    return HashingVectorizer(n_features=COLUMNS, ngram_range=(1, 2), alternate_sign=False, norm=None).transform(texts)
+    vectorizer = HashingVectorizer(n_features=COLUMNS, ngram_range=(1, 2), alternate_sign=False, norm=None)
+    return vectorizer.transform([" ".join(row) for row in rows])

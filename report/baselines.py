@@ -4,14 +4,14 @@
     word2vec, svd           one vector per word from the same training rows, under the same head
     layer0, layer2, average, untrained      parts of the biLM, or one with random weights, under the same head
 
-`python report/baselines.py [--out DIR] [--seeds 3] [knobs of classification.py]` trains them (about an hour on two
-cores; finished ones are kept in build/baselines and not trained again) and puts them beside DIR's classification.json
-and finetuned.json, where these are of the same biLM. JSON: command, config, versions, machine, minutes (all runs), and
-    rows.{name}: seeds, accuracy {mean, deviation} over them on validation and test rows, fresh (test), together
-        (accuracy of the seeds' mean probabilities on test rows), minutes; against.{word2vec, tfidf}: difference in test
-        accuracy of `together` with its 95 % bootstrap interval, only_this and only_that (rows that one alone has
-        right), p (exact McNemar, not corrected for the number of rows here); of tfidf, which is one model without a
-        seed: tried (accuracy on validation rows by knobs)
+`python report/baselines.py [--out DIR] [--seeds 3] [knobs of classification.py]` trains them (an hour on two cores;
+finished ones are kept in build/baselines and not trained again) and puts them beside DIR's classification.json and
+finetuned.json, where these are of the same biLM. JSON: command, config, versions, machine, minutes (all runs), and
+    rows.{name}: seeds, ngrams (whether a linear model is mixed in), accuracy {mean, deviation} over them on validation
+        and test rows, fresh (test), together (accuracy of the seeds' mean probabilities on test rows), minutes;
+        against.{word2vec, tfidf}: difference in test accuracy of `together` with its 95 % bootstrap interval, only_this
+        and only_that (rows that one alone has right), p (exact McNemar, not corrected for the number of rows here); of
+        tfidf, which is one model without a seed: tried (accuracy on validation rows by knobs)
 """
 import json
 import sys
@@ -74,7 +74,7 @@ def tfidf(task: Task) -> tuple[dict, np.ndarray]:
     found = best[0].predict(best[1].transform(texts["test"]))
     hit = found == task.test.labels
     one = {"deviation": None}
-    return {"tried": tried, "seeds": 1, "validation": {"mean": max(tried.values())} | one,
+    return {"tried": tried, "seeds": 1, "ngrams": False, "validation": {"mean": max(tried.values())} | one,
             "test": {"mean": float(hit.mean())} | one, "together": float(hit.mean()),
             "fresh": {"mean": float(hit[task.fresh].mean())} | one if task.fresh.any() else None,
             "minutes": (time.perf_counter() - begin) / 60}, found
@@ -86,7 +86,7 @@ def row(result: dict, setting: str) -> tuple[dict, np.ndarray]:
     test = numbers["test"]
     return {"seeds": len(test["seeds"]), "validation": numbers["validation"]["accuracy"], "test": test["accuracy"],
             "together": test["together"]["accuracy"], "fresh": test["fresh"]["accuracy"] if "fresh" in test else None,
-            "minutes": result["minutes"]}, np.array(list(numbers["predictions"]), dtype=int)
+            "minutes": result["minutes"], "ngrams": "ngrams" in result}, np.array([*numbers["predictions"]], dtype=int)
 
 
 def read_run(path: Path, digest: str, rows: int, wanted: dict) -> dict | None:
@@ -108,7 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--bilstm": {"metavar": "FILE", "type": Path, "default": ROOT / "models" / "bilstm.pt", "help": "the biLM"},
         "--build": {"metavar": "DIR", "type": Path, "default": ROOT / "build" / "baselines",
                     "help": "folder of the runs (default build/baselines)"}})
-    if (config.task, config.fields, config.finetune, config.ensemble) != ("ag_news", "description", False, False):
+    switches = config.finetune, config.ensemble, config.ngrams
+    if (config.task, config.fields, *switches) != ("ag_news", "description", False, False, False):
         raise InputError("baselines are for ag_news by its descriptions, not fine-tuned; leave those knobs out")
     elmo = ELMo.load(options.bilstm)
     task = read_task(config, elmo.config)

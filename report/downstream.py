@@ -10,8 +10,9 @@ OUT/{classification, finetuned, titled, sst5, word2vec, ..}.json, by the run's k
             accuracy, macro_f1: {mean, deviation} over seeds    seeds: [classification.metrics of each]
             together: classification.metrics of the seeds' mean probabilities
             fresh (AG News test): rows, accuracy, macro_f1 as above, and together: {accuracy}
-            without_ngrams (with --ngrams): accuracy as above, and together: {accuracy}
-    ngrams (with --ngrams): share of the linear model, accuracy of it alone on train, validation and test rows
+            without_ngrams (with --ngrams): accuracy as above, together: {accuracy}, and fresh with these two
+    ngrams (with --ngrams): share of the linear model, accuracy of it alone on train, validation and test rows; it is in
+        all numbers but those of the history
 Seeds on a frozen biLM differ in weights and dropout and share the order of the batches, since the biLM runs once for
 all; fine-tuned ones differ in that order too. The pass whose weights are kept is chosen for all heads of a run.
 """
@@ -58,16 +59,11 @@ def measure(runs: list, task: Task, metrics: Callable, ngrams: Ngrams | None = N
         plain = {setting: torch.cat([each[setting] for each in found]) for setting in config.settings}      # (S, N, C)
         mixed = plain if ngrams is None else mix_in(ngrams, plain, part, name, result)
         for setting, numbers in result["settings"].items():
-            p = mixed[setting].numpy()
-            numbers[name] = summary(p, part.labels, task.labels, metrics)
+            numbers[name] = measured(mixed[setting].numpy(), part, task, metrics)
             if ngrams:
-                alone = summary(plain[setting].numpy(), part.labels, task.labels, metrics)
-                numbers[name]["without_ngrams"] = brief(alone)
+                numbers[name]["without_ngrams"] = brief(measured(plain[setting].numpy(), part, task, metrics))
             if name == "test":
-                numbers["predictions"] = "".join(map(str, p.mean(axis=0).argmax(axis=1)))
-            if name == "test" and task.fresh is not None and task.fresh.any():
-                fresh = summary(p[:, task.fresh], part.labels[task.fresh], task.labels, metrics)
-                numbers[name]["fresh"] = {"rows": int(task.fresh.sum()), "macro_f1": fresh["macro_f1"]} | brief(fresh)
+                numbers["predictions"] = "".join(map(str, mixed[setting].mean(dim=0).argmax(dim=1).tolist()))
     for setting, numbers in result["settings"].items():
         heads = [run.trainer.model[setting] for run in runs]
         for head in heads if hasattr(heads[0].mix, "gamma") else []:
@@ -78,14 +74,24 @@ def measure(runs: list, task: Task, metrics: Callable, ngrams: Ngrams | None = N
     return result
 
 
+def measured(p: np.ndarray, part: Part, task: Task, metrics: Callable) -> dict:
+    """The summary of a part's rows, and for test rows that of the fresh ones in brief."""
+    out = summary(p, part.labels, task.labels, metrics)
+    if part is task.test and task.fresh is not None and task.fresh.any():
+        fresh = summary(p[:, task.fresh], part.labels[task.fresh], task.labels, metrics)
+        out["fresh"] = {"rows": int(task.fresh.sum()), "macro_f1": fresh["macro_f1"]} | brief(fresh)
+    return out
+
+
 def brief(numbers: dict) -> dict:
-    """The accuracy of a summary, over seeds and of their mean."""
-    return {"accuracy": numbers["accuracy"], "together": {"accuracy": numbers["together"]["accuracy"]}}
+    """The accuracy of a summary, over seeds and of their mean, and of its fresh rows."""
+    out = {"accuracy": numbers["accuracy"], "together": {"accuracy": numbers["together"]["accuracy"]}}
+    return out | ({"fresh": brief(numbers["fresh"])} if "fresh" in numbers else {})
 
 
 def mix_in(ngrams: Ngrams, plain: dict, part: Part, name: str, result: dict) -> dict:
     """{setting: (S, N, C)} with the linear model's share, which validation rows choose; result["ngrams"] says it."""
-    q, gold = ngrams.probabilities([text for text, in part.texts]), torch.from_numpy(part.labels)
+    q, gold = ngrams.probabilities(part.texts), torch.from_numpy(part.labels)
     if name == "validation":
         ngrams.choose(list(plain.values()), q, gold)
         result["ngrams"] = {"share": float(ngrams.weights["share"]), "accuracy": {}}

@@ -138,7 +138,8 @@ def learning(result: dict):
         best.append((values.mean(axis=1)[-1], setting))
     axes.set(xlabel="epoch (passes over the training rows)", ylabel="accuracy on the validation rows (%)")
     last = result["settings"][max(best)[1]]["validation"]["together"]["rows"]
-    axes.set_title(f"Validation accuracy ends at {max(best)[0]:.1f} % with {max(best)[1]} (n = {last:,} rows, "
+    plain = ", without n-grams" if "ngrams" in result else ""
+    axes.set_title(f"Validation accuracy ends at {max(best)[0]:.1f} % with {max(best)[1]}{plain} (n = {last:,} rows, "
                    f"{values.shape[1]} seed{'s' if values.shape[1] > 1 else ''})", fontsize=10)
     axes.legend(fontsize=8, frameon=False)
     return figure

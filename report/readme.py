@@ -100,7 +100,8 @@ def classification(r: dict) -> str:
         if "ngrams" in r:
             plain = {part: n[part]["without_ngrams"] for part in ("train", "validation", "test")}
             lines.append("| " + " | ".join([
-                "without n-grams", *(share(p["accuracy"]) for p in plain.values()), *[""] * fresh,
+                "without n-grams", *(share(p["accuracy"]) for p in plain.values()),
+                *([share(plain["test"]["fresh"]["accuracy"])] if fresh else []),
                 *[f"{100 * plain['test']['together']['accuracy']:.2f}"] * (seeds > 1), "", "", ""]) + " |")
     together = ("; *together* and the calibration\nerror are those of the seeds' mean "
                 "probabilities, s and gamma those of the saved seed") * (seeds > 1)
@@ -121,13 +122,13 @@ def baselines(r: dict) -> str:
         against = [f"{100 * a['difference']:+.2f} ({100 * a['interval'][0]:+.2f} to {100 * a['interval'][1]:+.2f}), "
                    f"p = {a['p']:.1g}" if a else "" for a in (n["against"].get(key) for key in ("word2vec", "tfidf"))]
         lines.append("| " + " | ".join([
-            NAMES.get(name, f"ELMo, {name}"), share(n["validation"]), share(n["test"]),
+            NAMES.get(name, f"ELMo, {name}") + ", with n-grams" * n["ngrams"], share(n["validation"]), share(n["test"]),
             share(n["fresh"]) if n["fresh"] else "-", f"{100 * n['together']:.2f}", *against]) + " |")
     return "\n".join(lines) + f"""
 
 Accuracy in percent. Differences are those of *together* on all test rows, with 95 % bootstrap intervals; p is of the
 exact two-sided McNemar test, not corrected for their number. TF-IDF is one model, its knobs chosen on validation rows.
-Made by `{r['command']}`."""
+Made by `{r['command']}` in {r['minutes']:.0f} minutes."""
 
 
 NAMES = {"tfidf": "linear TF-IDF", "word2vec": "Word2Vec", "svd": "SVD", "layer0": "layer 0 alone",

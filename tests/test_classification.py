@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,7 +23,19 @@ from classification import Classifier, Config, Head, ScalarMix, Texts, Trainer, 
 from data import sample
 from data.files import InputError, read_published, write_published
 from data.ngrams import Ngrams
-from data.prepare import NLI_LABELS, Part, ag_news_task, read_ag_news, read_pairs, read_trees, spans, split, svd
+from data.prepare import (
+    NLI_LABELS,
+    Part,
+    ag_news_task,
+    read_ag_news,
+    read_pairs,
+    read_trees,
+    spans,
+    split,
+    static_vectors,
+    svd,
+    word2vec,
+)
 from report import baselines, figures, readme
 
 SMALL = ["--hidden", "6", "--batch-tokens", "300", "--epochs", "2", "--log-every", "50"]
@@ -372,39 +385,62 @@ def test_a_linear_models_share_is_in_the_file_as_it_was_measured(builtin, bilm, 
     share, test = result["ngrams"]["share"], result["settings"]["frozen"]["test"]
     clf = Classifier.load(tmp_path / "classifier_ensemble.pt", bilm / "bilstm.pt")
     texts = read_ag_news("test").description.tolist()
+    rows = [(text,) for text in texts]
     assert share > 0, "the head has hardly begun to learn"
     found = [str(clf.labels.index(answer["label"])) for answer in clf.predict(texts)]
     assert sum(a != b for a, b in zip(found, result["settings"]["frozen"]["predictions"], strict=True)) <= 1
-    q, plain = clf.ngrams.probabilities(texts), Classifier(clf.config, clf.labels, clf.members).probabilities(texts)
+    q, plain = clf.ngrams.probabilities(rows), Classifier(clf.config, clf.labels, clf.members).probabilities(texts)
     assert np.mean(q.argmax(dim=1).numpy() == gold_labels(100)) == pytest.approx(result["ngrams"]["accuracy"]["test"])
     assert np.mean(plain.argmax(dim=1).numpy() == gold_labels(100)) == pytest.approx(
         test["without_ngrams"]["together"]["accuracy"], abs=0.011)
     text = readme.filled("<!-- classification.json -->old<!-- end -->", tmp_path)
     assert "without n-grams" in text and f"its share is {share:.4g}" in text
+    assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1, "as many cells in a row"
 
 
 def test_the_linear_model_is_scikit_learns_over_all_words_and_pairs():
     words, order = ["oil", "prices", "team", "won", "chip", "war"], np.random.default_rng(0)
     texts = [" ".join(order.choice(words, size=6)) for _ in range(60)]
+    rows = [tuple(text.split(" ", 1)) for text in texts]        # a row's texts are read as one
     gold = np.array([("oil" in text) + 2 * ("war" in text) for text in texts]) % 3
     vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
     expected = LogisticRegression(C=30).fit(vectorizer.fit_transform(texts), gold)
-    p = Ngrams.fit(texts, gold, 4).probabilities(texts).numpy()
+    p = Ngrams.fit(rows, gold, 4).probabilities(rows).numpy()
     assert np.allclose(p[:, :3], expected.predict_proba(vectorizer.transform(texts)), atol=5e-3)
     assert (p[:, 3] == 0).all(), "no row is of the fourth class"
-    two = Ngrams.fit(texts, (gold > 0).astype(int), 2)
-    assert np.mean(two.probabilities(texts).argmax(dim=1).numpy() == (gold > 0)) > 0.9
+    two = Ngrams.fit(rows, (gold > 0).astype(int), 2)
+    assert np.mean(two.probabilities(rows).argmax(dim=1).numpy() == (gold > 0)) > 0.9
 
 
 def test_the_share_of_the_linear_model_is_the_one_of_lowest_cross_entropy():
-    model = Ngrams.fit(["oil", "war"], np.array([0, 1]), 2)
+    model = Ngrams.fit([("oil",), ("war",)], np.array([0, 1]), 2)
     q, gold = torch.tensor([[0.9, 0.1], [0.2, 0.8]]), torch.tensor([0, 1])
-    model.choose([torch.full((1, 2, 2), 0.5)], q, gold)                     # the others know nothing
+    knows_nothing, knows_all = torch.full((1, 2, 2), 0.5), torch.tensor([[[0.99, 0.01], [0.01, 0.99]]])
+    model.choose([knows_nothing], q, gold)
     assert float(model.weights["share"]) == 0.5
-    mixed = model.mixed(torch.tensor([[[0.5, 0.5], [0.5, 0.5]]]), q)
-    assert mixed[0, 0, 0] == pytest.approx(0.9**0.5 / (0.9**0.5 + 0.1**0.5))
-    model.choose([torch.tensor([[[0.99, 0.01], [0.01, 0.99]]])], q, gold)   # the others know all
+    assert model.mixed(knows_nothing, q)[0, 0, 0] == pytest.approx(0.9**0.5 / (0.9**0.5 + 0.1**0.5))
+    model.choose([knows_all], q, gold)
     assert float(model.weights["share"]) == 0
+    gold_odds = np.log([[0.8 / 0.2, 0.3 / 0.7], [0.99 / 0.01, 0.99 / 0.01], [0.1 / 0.9, 0.9 / 0.1]])    # p, all, q
+    def best(others: list[int]) -> float:
+        nats = [np.log1p(np.exp(-((1 - a / 16) * gold_odds[others] + a / 16 * gold_odds[2]))).mean() for a in range(9)]
+        return float(np.argmin(nats)) / 16
+    p, q = torch.tensor([[[0.8, 0.2], [0.7, 0.3]]]), torch.tensor([[0.1, 0.9], [0.1, 0.9]])
+    for others, expected in (([p], best([0])), ([p, knows_all], best([0, 1]))):
+        model.choose(others, q, gold)
+        assert float(model.weights["share"]) == expected not in (0, 0.5)
+    assert best([0]) != best([0, 1]), "all of the others are asked"
+
+
+def test_the_word2vec_baseline_is_skip_gram_and_elmos_start_is_not(elmo, monkeypatch):
+    import gensim.models
+    made = []
+    monkeypatch.setattr(gensim.models, "Word2Vec", lambda *_, sg, **knobs: made.append(sg) or SimpleNamespace(
+        wv=SimpleNamespace(key_to_index={})))
+    data = ELMO.Data.of(SENTENCES, tiny(), np.arange(4), np.arange(0))
+    static_vectors("word2vec", data, 4, 1, 0)
+    word2vec(data, 4, 1, 0)
+    assert made == [1, 0]
 
 
 @pytest.mark.parametrize("kind", ["layer0", "layer2", "average", "untrained", "word2vec", "svd"])
@@ -475,7 +511,7 @@ def test_a_resumed_run_ends_with_the_same_weights(builtin, bilm, tmp_path, knobs
                 for step in range(stop):
                     part.count(*trainer.step(step))
                 part.save()
-            trainer = trainer_of(elmo, config)
+            trainer = trainer_of(elmo, replace(config, ngrams=True, ensemble=True))     # neither moves a weight
         ends.append(classification.train(trainer, file, resume=bool(stop)).best)
     assert same(*ends)
 
@@ -575,7 +611,7 @@ def refused(capsys, argv: list[str], out) -> str:
     (["--setting", "best"], "invalid choice"), (["--seeds", "0"], "seeds is 0"), (["--rows", "541"], "rows is 541"),
     (["--task", "qnli"], "invalid choice"), (["--lr", "nan"], "lr is nan"), (["--colour"], "--colour"),
     (["--vectors", "svd", "--finetune"], "has none"),
-    (["--vectors", "svd", "--ensemble"], "not svd"), (["--task", "nli", "--ngrams"], "ngrams is for"),
+    (["--vectors", "svd", "--ensemble"], "not svd"), (["--ngrams", "--rows", "1"], "all of one class"),
     (["--task", "sst2", "--fields", "title+description"], "no titles"),
     (["--bilstm", "missing.pt"], "missing.pt is missing"),
     (["--bilstm", __file__], "cannot be opened"), (["--predict", "a"], "classifier.pt is missing"),
@@ -620,11 +656,21 @@ def test_a_classifier_refuses_another_bilm(whole, tmp_path):
         Classifier.load(whole / "classifier.pt")
 
 
+def linear(content: dict, **wrong: float) -> None:
+    """Puts a linear model into a file's content, with a wrong number where one is named."""
+    content["config"]["ngrams"] = True
+    for name, value in Ngrams.fit([("a",), ("b",)], np.array([0, 1]), 4).weights.items():
+        content["weights"][f"ngrams.{name}"] = value.half()
+        if name in wrong:
+            content["weights"][f"ngrams.{name}"].view(-1)[0] = wrong[name]
+
+
 @pytest.mark.parametrize("change, message", [
     (lambda c: c["config"].update(hidden=7), "does not fit together"), (lambda c: c["labels"].pop(), "does not fit"),
     (lambda c: c["members"][0].pop("bilm"), "does not fit"), (lambda c: c["weights"].clear(), "does not fit"),
     (lambda c: c.update(format="elmo-bilm-1"), "is of format"), (lambda c: c.pop("labels"), "expected the keys"),
-    (lambda c: c["weights"].update({"ngrams.bias": torch.zeros(4).half()}), "linear model"),
+    (lambda c: c["config"].update(ngrams=True), "linear model"), (lambda c: linear(c, share=7.0), "outside 0 to 1"),
+    (lambda c: linear(c, idf=float("nan")), "not finite"), (lambda c: linear(c, weight=float("inf")), "not finite"),
     (lambda c: c.update(members=[]), "no setting"), (lambda c: c.update(bilm={"count": 2}), "does not fit")])
 def test_parts_that_do_not_fit_together_are_refused_though_the_digest_is_right(whole, bilm, tmp_path, change, message):
     content = read_published(whole / "classifier.pt", classification.FORMAT, set())
