@@ -119,7 +119,8 @@ def classes_confused(result: dict, setting: str, part: str):
     worst = f"most often {labels[i]} is taken for {labels[j]}" if off.any() else "no row is mistaken"
     seeds = len(numbers["seeds"])
     mean = f", mean probabilities of {seeds} seeds" if seeds > 1 else ""
-    axes.set_title(f"{setting}, {part} rows: {numbers['together']['accuracy']:.2%} right{mean};\n"
+    linear = " with n-grams" * ("ngrams" in result)
+    axes.set_title(f"{setting}{linear}, {part} rows: {numbers['together']['accuracy']:.2%} right{mean};\n"
                    f"{worst} (n = {counts.sum():,})", fontsize=9)
     figure.colorbar(image, ax=axes, shrink=0.8, label="percent of the gold class")
     return figure

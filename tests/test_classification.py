@@ -736,6 +736,16 @@ def test_the_committed_classifiers_reach_their_published_accuracy_on_real_rows(a
     assert np.mean(hits) == pytest.approx(published, abs=0.05)      # 400 rows: a standard error of 0.014
 
 
+def test_the_committed_baselines_stand_beside_the_committed_runs():
+    rows = json.loads((ROOT / "models" / "baselines.json").read_text())["rows"]
+    for name in ("classification", "finetuned"):
+        result = json.loads((ROOT / "models" / f"{name}.json").read_text())
+        for setting, numbers in result["settings"].items():
+            row = rows[name if name == "finetuned" else setting]
+            assert row["test"] == numbers["test"]["accuracy"] and row["ngrams"] == ("ngrams" in result)
+            assert row["together"] == numbers["test"]["together"]["accuracy"]
+
+
 def ag_news_rows(folder, rows: int) -> list[tuple[int, str]]:
     """(class, description) of evenly spread test rows."""
     from data.prepare import read_csv
