@@ -65,16 +65,19 @@ class Ngrams:
 
     def choose(self, others: Sequence[Tensor], q: Tensor, gold: Tensor) -> None:
         """Sets the share with the lowest mean cross-entropy of all classifiers `others`, each (S, N, C)."""
-        every, nats = torch.arange(len(gold)), {}
-        for share in SHARES:
-            self.weights["share"] = torch.tensor(share)
-            nats[share] = sum(-float(self.mixed(p, q)[:, every, gold].clamp(min=1e-12).log().mean()) for p in others)
-        self.weights["share"] = torch.tensor(min(nats, key=nats.get))
+        every = torch.arange(len(gold))
+        def nats(share: float) -> float:
+            return sum(-float(mixture(p, q, share)[:, every, gold].clamp(min=1e-12).log().mean()) for p in others)
+        self.weights["share"] = torch.tensor(min(SHARES, key=nats))
 
     def mixed(self, p: Tensor, q: Tensor) -> Tensor:
-        """p^(1 - share) q^share, of sum 1: a geometric mean, in which who is sure outvotes who is in doubt."""
-        share = float(self.weights["share"])
-        return ((1 - share) * p.clamp(min=1e-12).log() + share * q.clamp(min=1e-12).log()).softmax(dim=-1)
+        """The mixture with the chosen share."""
+        return mixture(p, q, float(self.weights["share"]))
+
+
+def mixture(p: Tensor, q: Tensor, share: float) -> Tensor:
+    """p^(1 - share) q^share, of sum 1: a geometric mean, in which who is sure outvotes who is in doubt."""
+    return ((1 - share) * p.clamp(min=1e-12).log() + share * q.clamp(min=1e-12).log()).softmax(dim=-1)
 
 
 def hashed(rows: Sequence[tuple[str, ...]]):

@@ -4,7 +4,7 @@
     word2vec, svd           one vector per word from the same training rows, under the same head
     layer0, layer2, average, untrained      parts of the biLM, or one with random weights, under the same head
 
-`python report/baselines.py [--out DIR] [--seeds 3] [knobs of classification.py]` trains them (an hour on two cores;
+`python report/baselines.py [--out DIR] [--seeds 3] [knobs of classification.py]` trains them (80 minutes on two cores;
 finished ones are kept in build/baselines and not trained again) and puts them beside DIR's classification.json and
 finetuned.json, where these are of the same biLM. JSON: command, config, versions, machine, minutes (all runs), and
     rows.{name}: seeds, ngrams (whether a linear model is mixed in), accuracy {mean, deviation} over them on validation

@@ -79,30 +79,32 @@ def mix(n: dict) -> str:
     return f"{', '.join(f'{w:.2f}' for w in n['s'][n['best']])}; {n['gamma'][n['best']]:.2f}"
 
 
+def accuracies(n: dict) -> dict[str, str]:
+    """Cells of the accuracies on each part, of a setting or of what it is without n-grams."""
+    test = n["test"]
+    cells = {"train": share(n["train"]["accuracy"]), "validation": share(n["validation"]["accuracy"]),
+             "test": share(test["accuracy"])}
+    cells |= {"test, fresh": share(test["fresh"]["accuracy"])} if "fresh" in test else {}
+    several = test["accuracy"]["deviation"] is not None
+    return cells | ({"together": f"{100 * test['together']['accuracy']:.2f}"} if several else {})
+
+
 def classification(r: dict) -> str:
     """Accuracy and macro-F1 of each setting, its layer weights, and how they were made."""
     first = next(iter(r["settings"].values()))
-    rows = {part: first[part]["together"]["rows"] for part in ("train", "test")}
-    seeds, fresh = len(first["test"]["seeds"]), "fresh" in first["test"]
-    lines, marks = [], "mean ± deviation of" if seeds > 1 else "of"
+    seeds = len(first["test"]["seeds"])
+    marks = "mean ± deviation of" if seeds > 1 else "of"
+    rows = []
     for setting, n in r["settings"].items():
-        test, cells = n["test"], {"setting": setting}
-        cells |= {f"train ({rows['train']:,} rows)": share(n["train"]["accuracy"]),
-                  "validation": share(n["validation"]["accuracy"]),
-                  f"test ({rows['test']:,} rows)": share(test["accuracy"])}
-        cells |= {"test, fresh": share(test["fresh"]["accuracy"])} if fresh else {}
-        cells |= {"together": f"{100 * test['together']['accuracy']:.2f}"} if seeds > 1 else {}
-        cells |= {"macro-F1, test": f"{test['macro_f1']['mean']:.4f}",
-                  "calibration error": f"{test['together']['calibration_error']:.3f}",
-                  "s_0, s_1, s_2; gamma": mix(n)}
-        lines = lines or [f"| {' | '.join(cells)} |", "|---|" + "--:|" * (len(cells) - 1)]
-        lines.append(f"| {' | '.join(cells.values())} |")
+        rows.append({"setting": setting} | accuracies(n) | {
+            "macro-F1, test": f"{n['test']['macro_f1']['mean']:.4f}",
+            "calibration error": f"{n['test']['together']['calibration_error']:.3f}", "s_0, s_1, s_2; gamma": mix(n)})
         if "ngrams" in r:
             plain = {part: n[part]["without_ngrams"] for part in ("train", "validation", "test")}
-            lines.append("| " + " | ".join([
-                "without n-grams", *(share(p["accuracy"]) for p in plain.values()),
-                *([share(plain["test"]["fresh"]["accuracy"])] if fresh else []),
-                *[f"{100 * plain['test']['together']['accuracy']:.2f}"] * (seeds > 1), "", "", ""]) + " |")
+            rows.append(dict.fromkeys(rows[0], "") | {"setting": "without n-grams"} | accuracies(plain))
+    counted = {part: f"{part} ({first[part]['together']['rows']:,} rows)" for part in ("train", "test")}
+    lines = [f"| {' | '.join(counted.get(name, name) for name in rows[0])} |", "|---|" + "--:|" * (len(rows[0]) - 1),
+             *(f"| {' | '.join(row.values())} |" for row in rows)]
     together = ("; *together* and the calibration\nerror are those of the seeds' mean "
                 "probabilities, s and gamma those of the saved seed") * (seeds > 1)
     linear = "" if "ngrams" not in r else (
