@@ -143,6 +143,11 @@ def collate(encoded: Encoded, rows: np.ndarray) -> tuple[Tensor, Tensor]:
 
 
 # ------------------------------------------------------------------------------------------------------ model
+def tanh_(a: Tensor) -> Tensor:
+    """tanh(a) in place, as 2 sigmoid(2 a) - 1: torch's tanh takes a CPU five times as long as its sigmoid."""
+    return a.mul_(2).sigmoid_().mul_(2).sub_(1)
+
+
 class LSTM(torch.autograd.Function):
     """(K, T, B, P) outputs of K LSTMs at once that never see each other: one layer's two directions, or several heads'.
 
@@ -150,33 +155,36 @@ class LSTM(torch.autograd.Function):
         c_t = sigmoid(f) c_t-1 + sigmoid(i) tanh(u)         h_t = W_p sigmoid(o) tanh(c_t)
 
     (Hochreiter and Schmidhuber 1997, projection of Sak et al. 2014). Written out because what does not depend on the
-    previous step (W_x x, all weights' gradients) is then one large product over all T. The states c are fp32.
+    previous step (W_x x, all weights' gradients) is then one large product over all T, and because what is done to a
+    step's gates is done in a buffer that stays in the cache. The gates' arithmetic and the states c are fp32.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, w_x: Tensor, w_h: Tensor, bias: Tensor, w_p: Tensor | None) -> Tensor:
         """(K, T, B, P) outputs for inputs x (K, T, B, width); weights as in Layer."""
         K, T, B, _ = x.shape
-        H = w_x.shape[1] // 4
-        gates = torch.baddbmm(bias[:, None], x.flatten(1, 2), w_x.transpose(1, 2)).view(K, T, B, 4 * H)
-        kept = T if any(ctx.needs_input_grad) else 1                        # cell states of all steps, or of the last
-        c, tanh_c = (x.new_empty(K, kept, B, H, dtype=torch.float32) for _ in range(2))
+        H, training = w_x.shape[1] // 4, any(ctx.needs_input_grad)
+        gates = torch.bmm(x.flatten(1, 2), w_x.transpose(1, 2)).view(K, T, B, 4 * H)
+        now = x.new_empty(K, B, 4 * H, dtype=torch.float32)                 # a step's gates
+        i, f, o, u = now.chunk(4, dim=-1)                                   # (K, B, H) each
+        c, tanh_c = ([x.new_empty(K, B, H, dtype=torch.float32)] * T for _ in range(2))
+        if training:                                                        # all steps' are needed, not the last one's
+            c, tanh_c = (x.new_empty(T, K, B, H, dtype=torch.float32) for _ in range(2))
         cell_out = x.new_empty(K, T, B, H)
         h = cell_out if w_p is None else x.new_empty(K, T, B, w_p.shape[1])
-        for t in range(T):
-            gate = gates[:, t]                                              # (K, B, 4H)
+        for t, gate in enumerate(gates.unbind(1)):                          # (K, B, 4H)
             if t:
                 gate.baddbmm_(h[:, t - 1], w_h.transpose(1, 2))
-            gate[..., :3 * H].sigmoid_()
-            gate[..., 3 * H:].tanh_()
-            i, f, o, u = (part.float() for part in gate.chunk(4, dim=-1))   # (K, B, H) each
-            new = c[:, t % kept]
-            torch.mul(f, c[:, (t - 1) % kept], out=new).addcmul_(i, u) if t else torch.mul(i, u, out=new)
-            torch.tanh(new, out=tanh_c[:, t % kept])
-            cell_out[:, t] = o * tanh_c[:, t % kept]
+            now.copy_(gate).add_(bias[:, None])
+            now[..., :3 * H].sigmoid_()
+            tanh_(u)
+            torch.mul(f, c[t - 1], out=c[t]).addcmul_(i, u) if t else torch.mul(i, u, out=c[t])
+            torch.mul(o, tanh_(tanh_c[t].copy_(c[t])), out=cell_out[:, t])
             if w_p is not None:
                 h[:, t] = torch.bmm(cell_out[:, t], w_p.transpose(1, 2))
-        if kept == T:
+            if training:
+                gate.copy_(now)
+        if training:
             ctx.save_for_backward(x, w_x, w_h, w_p, gates, c, tanh_c, cell_out, h)
         return h
 
@@ -184,38 +192,34 @@ class LSTM(torch.autograd.Function):
     def backward(ctx, dh: Tensor):
         """Gradients of x and the weights from that of the outputs, by backpropagation through time."""
         x, w_x, w_h, w_p, gates, c, tanh_c, cell_out, h = ctx.saved_tensors
-        dgates = torch.empty_like(gates)
+        (T, K, B, H), width = c.shape, x.shape[-1]
         dprojected = None if w_p is None else torch.empty_like(h)           # all T steps' gradient of h, for W_p's
-        dc = dnext = None
-        for t in reversed(range(x.shape[1])):
+        now, dnow = (c.new_empty(K, B, 4 * H) for _ in range(2))            # a step's gates, and their gradient
+        (i, f, o, u), (di, df, do, du) = now.chunk(4, dim=-1), dnow.chunk(4, dim=-1)
+        difo, dc, dnext = dnow[..., :3 * H], torch.zeros_like(c[0]), None
+        for t in reversed(range(T)):
             dout = dh[:, t] if dnext is None else dh[:, t] + dnext          # (K, B, P)
             if w_p is not None:
                 dprojected[:, t] = dout
                 dout = torch.bmm(dout, w_p)                                 # (K, B, H)
-            i, f, o, u = (part.float() for part in gates[:, t].chunk(4, dim=-1))
-            dout, k = dout.float(), tanh_c[:, t]
-            through = dout * o
-            through = through.addcmul_(through * k, k, value=-1)
-            dc = through if dc is None else dc.add_(through)
-            step = dgates[:, t] if dgates.dtype == torch.float32 else dgates[:, t].float()
-            di, df, do, du = step.chunk(4, dim=-1)
-            torch.ops.aten.sigmoid_backward.grad_input(dc * u, i, grad_input=di)
-            torch.ops.aten.sigmoid_backward.grad_input(dout * k, o, grad_input=do)
-            torch.ops.aten.tanh_backward.grad_input(dc * i, u, grad_input=du)
-            if t:
-                torch.ops.aten.sigmoid_backward.grad_input(dc * c[:, t - 1], f, grad_input=df)
-                dc = dc * f
-            else:
-                df.zero_()
-            if step.dtype != dgates.dtype:
-                dgates[:, t] = step
-            dnext = torch.bmm(dgates[:, t], w_h) if t else None             # (K, B, P)
-        flat = dgates.flatten(1, 2)                                         # (K, T B, 4H)
-        dw_x = torch.bmm(flat.transpose(1, 2), x.flatten(1, 2))
-        dw_h = torch.bmm(dgates[:, 1:].flatten(1, 2).transpose(1, 2), h[:, :-1].flatten(1, 2))
+            now.copy_(gates[:, t])
+            dout = dout.float()
+            torch.mul(dout, tanh_c[t], out=do)
+            dc.add_(torch.ops.aten.tanh_backward(dout * o, tanh_c[t]))
+            torch.mul(dc, i, out=du)
+            torch.mul(dc, u, out=di)
+            torch.mul(dc, c[t - 1], out=df) if t else df.zero_()
+            torch.ops.aten.tanh_backward.grad_input(du, u, grad_input=du)
+            torch.ops.aten.sigmoid_backward.grad_input(difo, now[..., :3 * H], grad_input=difo)
+            dc.mul_(f)
+            gates[:, t] = dnow                                              # from here on the gates' gradient
+            dnext = torch.bmm(gates[:, t], w_h) if t else None              # (K, B, P)
+        flat = gates.flatten(1, 2)                                          # (K, T B, 4H)
+        before = F.pad(h[:, :-1], (0, 0, 0, 0, 1, 0))                       # h_t-1
+        dw = torch.bmm(flat.transpose(1, 2), torch.cat([x, before], dim=-1).flatten(1, 2))      # W_x's and W_h's
         dw_p = None if w_p is None else torch.bmm(dprojected.flatten(1, 2).transpose(1, 2), cell_out.flatten(1, 2))
         dx = torch.bmm(flat, w_x).view_as(x) if ctx.needs_input_grad[0] else None
-        return dx, dw_x, dw_h, flat.sum(dim=1), dw_p
+        return dx, dw[..., :width], dw[..., width:], flat.sum(dim=1), dw_p
 
 
 class Layer(nn.Module):
@@ -328,7 +332,7 @@ class SampledSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, rows, bias, target, sampled, log_pi):
         """h (N, P); rows (C, P), bias (C, 1) the step's part of the table; target (N,), sampled (E,) places in it."""
-        weight = rows[sampled].to(h.dtype)                  # (E, P)
+        weight = rows.index_select(0, sampled).to(h.dtype)  # (E, P)
         offset = bias[sampled, 0] - log_pi                  # (E,)
         place = torch.full((len(rows),), -1, device=h.device)
         place[sampled] = torch.arange(len(sampled), device=h.device)
@@ -339,7 +343,7 @@ class SampledSoftmax(torch.autograd.Function):
         size = max(16, SampledSoftmax.LOGITS // max(1, len(sampled)))
         for a in range(0, len(h), size):
             block, gold = h[a:a + size], target[a:a + size]
-            gold_rows = rows[gold]                          # (n, P)
+            gold_rows = rows.index_select(0, gold)          # (n, P)
             s = (block.float() * gold_rows).sum(dim=1) + bias[gold, 0]
             z = (block @ weight.t()).float().add_(offset)   # (n, E)
             both = (hit[a:a + size] >= 0).nonzero()[:, 0]
@@ -432,14 +436,14 @@ class RowAdam:
 
     def update(self, at: Tensor, grad: Tensor, lr: float) -> None:
         """at: distinct row numbers (C,); grad (C, width)."""
-        rows = {name: value[at] for name, value in self.state.items()}
+        rows = {name: value.index_select(0, at) for name, value in self.state.items()}
         rows["steps"] += 1
         rows["m"].lerp_(grad, 0.1)
         rows["v"].mul_(self.beta2).addcmul_(grad, grad, value=1 - self.beta2)
         for name, value in rows.items():
-            self.state[name][at] = value
-        size = (rows["v"] / (1 - self.beta2 ** rows["steps"])).sqrt_().add_(1e-8)
-        self.table[at] -= lr * rows["m"] / (1 - 0.9 ** rows["steps"]) / size
+            self.state[name].index_copy_(0, at, value)
+        size = rows["v"].div_(1 - self.beta2 ** rows["steps"]).sqrt_().add_(1e-8)
+        self.table.index_add_(0, at, rows["m"].mul_(-lr / (1 - 0.9 ** rows["steps"])).div_(size))
 
 
 class Trainer:
@@ -500,11 +504,14 @@ class Trainer:
         touched = torch.cat([y.flatten(), sampled] + ([x.flatten()] if self.config.tied else [])).unique()
         at, x, y, sampled = (ids.to(self.device) for ids in (touched, x, y, sampled))
         self.place[at] = torch.arange(len(at), device=self.device)
-        rows, bias = self.model.table[at].requires_grad_(), self.model.table_bias[at].requires_grad_()
+        rows, bias = (t.index_select(0, at).requires_grad_() for t in (self.model.table, self.model.table_bias))
         x, y = (ids[:, :, self.rank::self.world] for ids in (x, y))     # this process's rows of the batch
         x = self.model.represent(self.place[x] if self.config.tied else x, rows, self.data.encoded.chars)
-        h, real = self.model.states(x, self.dtype, masks)[-1], y != PAD
-        nats = SampledSoftmax.apply(h[real], rows, bias, self.place[y[real]], self.place[sampled], self.log_pi[sampled])
+        h = self.model.states(x, self.dtype, masks)[-1].flatten(0, 2)                   # (2 T B, P)
+        y = y.flatten()
+        real = (y != PAD).nonzero()[:, 0]
+        nats = SampledSoftmax.apply(h.index_select(0, real), rows, bias, self.place[y[real]], self.place[sampled],
+                                    self.log_pi[sampled])
         (nats / targets).backward()
         moved, nats = [p for p in (*self.model.parameters(), rows, bias) if p.grad is not None], nats.detach()
         sum_over_processes([p.grad for p in moved])

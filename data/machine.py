@@ -1,8 +1,10 @@
 """What a run is measured on, and which arithmetic that machine is good at."""
 import atexit
+import ctypes
 import os
 import platform
 import sys
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -49,6 +51,17 @@ def sum_over_processes(tensors: list[torch.Tensor]) -> None:
         dist.all_reduce(flat)
         for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(total.view_as(tensor))
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc reuse the large blocks that a step frees; by default it returns them and faults them in anew.
+
+    A step of training did so with 4,000 to 16,000 pages, up to 6 % of its time. Elsewhere than in glibc: nothing.
+    """
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2**30)                 # M_MMAP_THRESHOLD: blocks below 1 GB come from the heap
+        libc.mallopt(-1, 2**31 - 1)             # M_TRIM_THRESHOLD: whose end is not returned below 2 GB
 
 
 def machine(device: torch.device) -> dict:

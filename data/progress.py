@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from data.files import InputError, one_line, read_resume, stop_request, write_atomically, write_resume
-from data.machine import sum_over_processes
+from data.machine import keep_freed_memory, sum_over_processes
 
 
 class Progress:
@@ -71,6 +71,7 @@ class Run:
     KEPT = ("step", "seconds", "wall", "loss", "items", "lowest", "best", "history")
 
     def __init__(self, trainer, file: Path | None = None, resume: bool = False):
+        keep_freed_memory()
         self.trainer, self.file = trainer, file
         self.step, self.items, self.seconds, self.wall, self.loss = 0, 0, 0.0, 0.0, 0.0
         self.lowest, self.best, self.history = math.inf, None, []
