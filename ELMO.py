@@ -11,6 +11,7 @@ layer's output, H cells of an LSTM, E sampled words of a step, D = 2 P what a us
 
     python ELMO.py                                  the published run: models/bilstm.pt, pretraining.json and figures
     python ELMO.py --resume                         goes on where a stopped run was, to the same weights bit for bit
+    python ELMO.py --corpus PATH --out FOLDER       any plain text instead: a file, or a folder of .txt and .gz
     python ELMO.py --embed FILE --npz FILE          one text a line -> its three layers' vectors
     torchrun --nproc_per_node=2 ELMO.py             the same run, each batch shared by two processes
 """
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from data.files import InputError, fitting, read_published, write_npz, write_published
 from data.knobs import check_knobs, knob, script, script_arguments
 from data.machine import compute_dtype, default_device, fast_bf16, join_processes, sum_over_processes
-from data.prepare import CACHE, check_texts, read_ag_news, split, word2vec
+from data.prepare import CACHE, check_texts, split, word2vec
 from data.progress import Run, rate
 from data.text import BOS, EOS, PAD, SPECIAL, Data, Encoded, Vocabulary, batches, tokenize, tokenized
 
@@ -167,9 +168,8 @@ class LSTM(torch.autograd.Function):
         gates = torch.bmm(x.flatten(1, 2), w_x.transpose(1, 2)).view(K, T, B, 4 * H)
         now = x.new_empty(K, B, 4 * H, dtype=torch.float32)                 # a step's gates
         i, f, o, u = now.chunk(4, dim=-1)                                   # (K, B, H) each
-        c, tanh_c = ([x.new_empty(K, B, H, dtype=torch.float32)] * T for _ in range(2))
-        if training:                                                        # all steps' are needed, not the last one's
-            c, tanh_c = (x.new_empty(T, K, B, H, dtype=torch.float32) for _ in range(2))
+        shape = (T if training else 1, K, B, H)                             # without training the last step's suffice
+        c, tanh_c = (x.new_empty(shape, dtype=torch.float32).expand(T, -1, -1, -1) for _ in range(2))
         cell_out = x.new_empty(K, T, B, H)
         h = cell_out if w_p is None else x.new_empty(K, T, B, w_p.shape[1])
         for t, gate in enumerate(gates.unbind(1)):                          # (K, B, 4H)
@@ -507,11 +507,8 @@ class Trainer:
         rows, bias = (t.index_select(0, at).requires_grad_() for t in (self.model.table, self.model.table_bias))
         x, y = (ids[:, :, self.rank::self.world] for ids in (x, y))     # this process's rows of the batch
         x = self.model.represent(self.place[x] if self.config.tied else x, rows, self.data.encoded.chars)
-        h = self.model.states(x, self.dtype, masks)[-1].flatten(0, 2)                   # (2 T B, P)
-        y = y.flatten()
-        real = (y != PAD).nonzero()[:, 0]
-        nats = SampledSoftmax.apply(h.index_select(0, real), rows, bias, self.place[y[real]], self.place[sampled],
-                                    self.log_pi[sampled])
+        h, real = self.model.states(x, self.dtype, masks)[-1], y != PAD
+        nats = SampledSoftmax.apply(h[real], rows, bias, self.place[y[real]], self.place[sampled], self.log_pi[sampled])
         (nats / targets).backward()
         moved, nats = [p for p in (*self.model.parameters(), rows, bias) if p.grad is not None], nats.detach()
         sum_over_processes([p.grad for p in moved])
@@ -668,21 +665,17 @@ class ELMo:
 
 
 # ------------------------------------------------------------------------------------------------------- main
-def pretrain(config: Config, out: Path, resume: bool) -> int:
-    """The run of the bare command: AG News to out/bilstm.pt, out/pretraining.json and the PNGs; the exit status."""
+def pretrain(config: Config, options) -> int:
+    """The run of the command: AG News or plain text to bilstm.pt, pretraining.json and PNGs; the exit status."""
     from report import pretraining
-    begin = time.perf_counter()
-    texts = read_ag_news("train", config.rows).description.tolist()
-    test_texts = read_ag_news("test").description.tolist()
-    data = Data.of(texts, config, *split(len(texts), config.validation, config.seed), cache=CACHE)
-    test = Encoded.of(tokenized(test_texts, config, CACHE), data.words, config)
+    begin, out = time.perf_counter(), options.out
+    data = Data.of_plain_text(options.corpus, config, CACHE) if options.corpus else Data.of_ag_news(config, CACHE)
     trainer = Trainer(config, data, torch.device(default_device()))
-    pretraining.describe(trainer, test)
-    setup = time.perf_counter() - begin
-    run = train(trainer, out / "bilstm.resume.pt", resume, pretraining.summary)
+    pretraining.describe(trainer)
+    run = train(trainer, out / "bilstm.resume.pt", options.resume, pretraining.summary)
     elmo = ELMo.rounded(trainer, run)
     if trainer.rank == 0 and run.finished:
-        pretraining.publish(elmo, trainer, (texts, test_texts), test, score_rows, out, setup + run.wall)
+        pretraining.publish(elmo, trainer, score_rows, out, time.perf_counter() - begin + run.earlier)
         run.file.unlink(missing_ok=True)
     elif trainer.rank == 0 and run.best:
         elmo.save(out / "bilstm.pt")
@@ -693,11 +686,12 @@ def pretrain(config: Config, out: Path, resume: bool) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, 2 for an input that the user can mend, 130 after Ctrl-C."""
     config, options = script_arguments(argv, Config, "ELMO.py", __doc__, HERE / "models", {
+        "--corpus": {"metavar": "PATH", "help": "train on the lines of this file, or of a folder's .txt and .gz"},
         "--embed": {"metavar": "FILE", "help": "write the vectors of this file's lines instead of training"},
         "--npz": {"metavar": "FILE", "help": "where --embed writes them"},
         "--float32": {"action": "store_true", "help": "--embed: full precision in the file"}})
     if options.embed is None and options.npz is None:
-        return pretrain(config, options.out, options.resume)
+        return pretrain(config, options)
     load = partial(ELMo.load, options.out / "bilstm.pt", default_device())
     return write_npz(load, options.embed, options.npz, config.precision, options.float32)
 

@@ -3,6 +3,7 @@ import atexit
 import ctypes
 import os
 import platform
+import signal
 import sys
 from contextlib import suppress
 
@@ -62,6 +63,12 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 2**30)                 # M_MMAP_THRESHOLD: blocks below 1 GB come from the heap
         libc.mallopt(-1, 2**31 - 1)             # M_TRIM_THRESHOLD: whose end is not returned below 2 GB
+
+
+def end_with_parent() -> None:
+    """Has this process killed when its parent ends, however that ends; on Linux, elsewhere nothing."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)          # PR_SET_PDEATHSIG
 
 
 def machine(device: torch.device) -> dict:

@@ -1,7 +1,6 @@
-"""Rows, tokens and row sets of the corpora: find, download, verify, read, tokenize once, open again at once.
+"""Rows and row sets of the corpora, and word vectors that need no biLM: find, download, verify, read, split.
 
     rows = read_ag_news("train")            # DataFrame: class 1-4, title, description
-    corpus = tokenize_corpus(rows.description, tokenize)   # Tokens: types, ids (memory map), offsets
     train, validation = split(len(rows), 4000, seed=0)     # row numbers, apart by construction
     fresh = fresh_rows(train_descriptions, test_descriptions)
 
@@ -11,17 +10,11 @@ import csv
 import hashlib
 import http.client
 import io
-import json
-import multiprocessing
 import os
-import shutil
-import signal
 import sys
-import tempfile
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +31,6 @@ SHA256 = {"train": "76a0a2d2f92b286371fe4d4044640910a04a803fdd2538e0f3f29a5c6f6b
           "test": "521465c2428ed7f02f8d6db6ffdd4b5447c1c701962353eb2c40d548c3c85699"}
 CACHE = HERE / "cache"      # of tokenized corpora
 COLUMNS = ["class", "title", "description"]
-CHUNK = 2_000       # texts a worker tokenizes at a time: large enough to hide the hand-over, small enough for memory
 
 
 # ---------------------------------------------------------------------------------------------------- finding
@@ -358,134 +350,7 @@ def read_task(config, bilm) -> Task:
     return task
 
 
-# ------------------------------------------------------------------------------------------------- tokenizing
-@dataclass
-class Tokens:
-    """A tokenized corpus: row i is [types[k] for k in ids[offsets[i]:offsets[i + 1]]].
-
-    types: every distinct token, in order of appearance; ids: (tokens,) int32, a read-only memory map when it comes
-    from the cache, so that no corpus has to fit in memory; offsets: (rows + 1,) int64.
-    """
-    types: list[str]
-    ids: np.ndarray
-    offsets: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def counts(self, rows: np.ndarray | slice) -> np.ndarray:
-        """(types,) how often each type stands in these rows."""
-        inside = np.zeros(len(self) + 1, dtype=np.int64)
-        inside[rows] = 1
-        mask = np.repeat(inside[:-1], np.diff(self.offsets)).astype(bool)
-        return np.bincount(self.ids[mask], minlength=len(self.types))
-
-
-def count_chunk(job: tuple[Callable, list[str]]) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """(types, ids, lengths) of one chunk of texts; runs in a worker process."""
-    tokenize, texts = job
-    index: dict[str, int] = {}
-    ids, lengths = [], []
-    for text in texts:
-        tokens = tokenize(text)
-        ids.extend([index.setdefault(token, len(index)) for token in tokens])
-        lengths.append(len(tokens))
-    return list(index), np.array(ids, dtype=np.int32), np.array(lengths, dtype=np.int64)
-
-
-def stream_tokens(texts: Iterable[str], tokenize: Callable, file, workers: int) -> tuple[list[str], np.ndarray]:
-    """(types, offsets) of the texts, whose ids are appended to `file` as int32 while they come: flat memory."""
-    texts = iter(texts)
-    def chunks() -> Iterator[tuple[Callable, list[str]]]:
-        while chunk := [text for _, text in zip(range(CHUNK), texts, strict=False)]:
-            yield tokenize, chunk
-    index: dict[str, int] = {}
-    lengths = [np.zeros(1, dtype=np.int64)]
-    jobs = chunks()
-    first = next(jobs, None)
-    second = next(jobs, None)
-    todo = [job for job in (first, second) if job]
-    ignore = (signal.SIGINT, signal.SIG_IGN)                    # Ctrl-C is the parent's to handle
-    pool = multiprocessing.Pool(workers, signal.signal, ignore) if workers > 1 and second else None
-    try:
-        rest = (job for part in (todo, jobs) for job in part)
-        for types, ids, length in pool.imap(count_chunk, rest) if pool else map(count_chunk, rest):
-            to_global = np.array([index.setdefault(token, len(index)) for token in types], dtype=np.int32)
-            file.write((to_global[ids] if len(ids) else ids).tobytes())
-            lengths.append(length)
-    finally:
-        if pool:
-            pool.terminate()
-    return list(index), np.cumsum(np.concatenate(lengths))
-
-
-def tokenize_corpus(texts: Sequence[str], tokenize: Callable, version: str, cache: Path | None = None) -> Tokens:
-    """Tokens of the texts, from the cache when the same texts were tokenized by the same `version` before.
-
-    The key is a hash of every text and of `version`, which names the tokenizer and its settings. `cache=None` keeps
-    everything in memory and leaves nothing behind; so does a cache that cannot be written.
-    """
-    if cache is not None:
-        key = hashlib.sha256(version.encode())
-        for text in texts:
-            key.update(f"{len(text)}:{text}".encode("utf-8", "surrogatepass"))
-        folder = Path(cache) / key.hexdigest()[:24]
-        with suppress(OSError):
-            if not folder.exists():
-                fill_cache(folder, texts, tokenize)
-        if folder.exists():
-            return open_tokens(folder)
-    buffer = io.BytesIO()
-    types, offsets = stream_tokens(texts, tokenize, buffer, workers=1)
-    return Tokens(types, np.frombuffer(buffer.getvalue(), dtype=np.int32), offsets)
-
-
-def fill_cache(folder: Path, texts: Sequence[str], tokenize: Callable) -> None:
-    """Writes a token cache beside its name and gives it that name when it is whole."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".part"))
-    try:
-        with open(part / "ids.int32", "wb") as file:
-            types, offsets = stream_tokens(texts, tokenize, file, workers=os.cpu_count() or 1)
-        np.save(part / "offsets.npy", offsets)
-        (part / "types.json").write_text(json.dumps(types), encoding="utf-8")
-        for name in ("ids.int32", "offsets.npy", "types.json"):
-            with open(part / name, "rb") as file:
-                os.fsync(file.fileno())
-        part.chmod(0o755)
-        part.replace(folder)        # fails where another process was first: its folder holds the same
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def open_tokens(folder: Path) -> Tokens:
-    """A cached corpus, its ids a read-only memory map; InputError when the folder was damaged."""
-    try:
-        offsets = np.load(folder / "offsets.npy")
-        types = json.loads((folder / "types.json").read_text(encoding="utf-8"))
-        size = (folder / "ids.int32").stat().st_size
-        ids = np.memmap(folder / "ids.int32", dtype=np.int32, mode="r") if size else np.zeros(0, dtype=np.int32)
-        if len(ids) != offsets[-1] or (size and int(ids.max()) >= len(types)):
-            raise ValueError(f"{len(ids)} ids of {len(types)} types where {offsets[-1]} were expected")
-    except (OSError, ValueError, EOFError, IndexError) as error:
-        raise InputError(f"the token cache {folder} is damaged ({error}); delete it and run again") from None
-    return Tokens(types, ids, offsets)
-
-
-def spell(types: Sequence[str], max_chars: int, special: int) -> np.ndarray:
-    """(special + types, max_chars + 2) codes of UTF-8 bytes: 0 pads, 1 begins and 2 ends a word, byte b is 3 + b.
-
-    The special symbols come first, each one code that no byte has, so that a text can not spell them either.
-    """
-    codes = np.zeros((special + len(types), max_chars + 2), dtype=np.int16)
-    for i in range(1, special):
-        codes[i, 0] = 258 + i
-    for row, token in zip(codes[special:], types, strict=True):
-        letters = [1, *(3 + b for b in token.encode("utf-8", "surrogatepass")[:max_chars]), 2]
-        row[:len(letters)] = letters
-    return codes
-
-
+# ---------------------------------------------------------------------------------------------------- vectors
 def word2vec(data, size: int, epochs: int, seed: int, skip_gram: bool = False) -> dict[int, np.ndarray]:
     """{word id: (size,) vector} by gensim's CBOW or skip-gram on the training rows of a data.text.Data.
 

@@ -17,7 +17,9 @@ import torch
 from nltk.tokenize import RegexpTokenizer
 from torch import Tensor
 
-from data.prepare import Part, Tokens, spell, tokenize_corpus
+from data.corpus import LONGEST, Lines, Tokens, spell, tokenize_corpus
+from data.files import InputError
+from data.prepare import Part, read_ag_news, split
 
 PAD, UNK, BOS, EOS = range(4)
 SPECIAL = ["<pad>", "<unk>", "<s>", "</s>"]
@@ -40,7 +42,7 @@ def tokenize(text: str, lowercase: bool = True) -> list[str]:
     return TOKENS.tokenize(text.lower() if lowercase else text)
 
 
-def tokenized(texts: Sequence[str], config, cache: Path | None = None) -> Tokens:
+def tokenized(texts: Iterable[str], config, cache: Path | None = None) -> Tokens:
     """The texts' Tokens; the cache is keyed by the texts and by all that decides how they are cut."""
     version = f"{TOKENS._pattern} {ENTITY.pattern} lowercase={config.lowercase}"
     return tokenize_corpus(texts, partial(tokenize, lowercase=config.lowercase), version, cache)
@@ -90,18 +92,52 @@ class Encoded:
 
 @dataclass
 class Data:
-    """A tokenized corpus, its vocabulary from the training rows alone, and its two sets of row numbers."""
+    """A tokenized corpus, its vocabulary from the training rows alone, and its sets of row numbers.
+
+    test: a corpus in the same ids and the numbers of its test rows; texts: train.csv's and test.csv's descriptions,
+    from which near copies are told. Both only for the script's run.
+    """
     words: Vocabulary
     encoded: Encoded
     train: np.ndarray
     validation: np.ndarray
+    test: tuple[Encoded, np.ndarray] | None = None
+    texts: tuple[list[str], list[str]] | None = None
 
     @classmethod
     def of(cls, texts: Sequence[str], config, train: np.ndarray, validation: np.ndarray,
            cache: Path | None = None) -> "Data":
-        tokens = tokenized(texts, config, cache)
+        """Data of any texts."""
+        return cls.of_tokens(tokenized(texts, config, cache), config, train, validation)
+
+    @classmethod
+    def of_tokens(cls, tokens: Tokens, config, train: np.ndarray, validation: np.ndarray) -> "Data":
         words = Vocabulary.count(tokens.types, tokens.counts(train), config.min_count)
         return cls(words, Encoded.of(tokens, words, config), train, validation)
+
+    @classmethod
+    def of_ag_news(cls, config, cache: Path) -> "Data":
+        """Descriptions of train.csv, `validation` of them kept apart, and as test rows those of test.csv."""
+        texts, test = (read_ag_news(*part).description.tolist() for part in (("train", config.rows), ("test",)))
+        data = cls.of(texts, config, *split(len(texts), config.validation, config.seed), cache)
+        encoded = Encoded.of(tokenized(test, config, cache), data.words, config)
+        data.test, data.texts = (encoded, np.arange(len(test))), (texts, test)
+        return data
+
+    @classmethod
+    def of_plain_text(cls, path: str, config, cache: Path) -> "Data":
+        """Lines of a file or folder, `validation` of them kept apart for validation and as many for test."""
+        if config.rows:
+            raise InputError("--rows is for train.csv; with --corpus name a shorter file")
+        tokens, kept = tokenized(Lines(path), config, cache).cut(LONGEST), config.validation
+        if len(tokens) <= 2 * kept:
+            raise InputError(f"{path} has {len(tokens):,} rows, of which validation and test take {kept:,} each; "
+                             "choose a smaller --validation or name more text")
+        train, held_out = split(len(tokens), 2 * kept, config.seed)
+        validation, test = (held_out[part] for part in split(len(held_out), kept, config.seed))
+        data = cls.of_tokens(tokens, config, train, validation)
+        data.test = (data.encoded, test)
+        return data
 
     @cached_property
     def digest(self) -> str:

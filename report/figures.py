@@ -55,8 +55,9 @@ def curves(result: dict):
         for d, (name, colour, marker) in enumerate((("forward", BLUE, "o"), ("backward", ORANGE, "^"))):
             axes.plot(epochs, [entry["validation_perplexity"][d] for entry in history], marker + "-", color=colour,
                       label=f"validation rows, {name}")
-    axes.axhline(part["forward"]["kneser_ney_perplexity"], color=GREEN, linestyle="--",
-                 label="validation rows, forward 4-gram Kneser-Ney")
+    if "kneser_ney_perplexity" in part["forward"]:
+        axes.axhline(part["forward"]["kneser_ney_perplexity"], color=GREEN, linestyle="--",
+                     label="validation rows, forward 4-gram Kneser-Ney")
     axes.set(xlabel="epoch (passes over the training rows)", ylabel="perplexity (log scale)", yscale="log")
     low, high = axes.get_ylim()
     ticks = [t for t in (1, 2, 3, 5, 8, 12, 20, 30, 50, 70, 100, 150, 200, 300, 500, 1000, 2000) if low <= t <= high]

@@ -6,7 +6,7 @@ Schema of pretraining.json:
     test} (share of <unk>), history [{step, epoch, seconds, train_perplexity, validation_perplexity [fw, bw]}]
     splits.{train, validation, test}: rows, tokens (predicted, end symbols in), unigram_perplexity, and for forward and
         backward: nats (per token), perplexity, bits_per_token, accuracy, top5_accuracy, macro_precision, macro_recall,
-        macro_f1 (over the words that occur as gold), kneser_ney_perplexity (order 4)
+        macro_f1 (over the words that occur as gold), kneser_ney_perplexity (order 4); n-grams up to 20 million tokens
     splits.{validation, test}.fresh: the same for the rows that are no near copies (data/prepare.py: fresh_rows)
     confusion: {words, counts} forward model on test rows: rows gold, columns predicted, the last one every other word
 `train` is 4,000 training rows chosen by the seed. Every number is that of the weights in the file, half precision.
@@ -19,14 +19,16 @@ from pathlib import Path
 import numpy as np
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
+from data.corpus import Tokens
 from data.files import write_json
 from data.machine import machine, peak_memory_gb, versions
-from data.prepare import Tokens, fresh_rows, read_ag_news
+from data.prepare import fresh_rows, read_ag_news
 from report import figures, ngram
 
 DIRECTIONS = ("forward", "backward")
 SAMPLE = 4000       # training rows that are measured
 FREQUENT = 25       # words of the confusion matrix
+MOST = 20_000_000   # tokens of a corpus whose n-grams are counted, in memory
 
 
 def word_metrics(gold: np.ndarray, best: np.ndarray, rank: np.ndarray) -> dict:
@@ -86,27 +88,37 @@ def confusion(scores, words: list[str]) -> dict:
     return {"words": [words[i] for i in top] + ["(other)"], "counts": matrix.tolist()}
 
 
-def describe(trainer, test) -> None:
+def unknown(data) -> dict[str, float]:
+    """Share of <unk> among the tokens of each set of rows."""
+    encoded, test = data.test
+    return {"train": data.encoded.unknown(data.train), "validation": data.encoded.unknown(data.validation),
+            "test": encoded.unknown(test)}
+
+
+def describe(trainer) -> None:
     """Prints rows, vocabulary, unknown words, weights and steps of a run that is about to begin."""
     data, weights = trainer.data, sum(value.numel() for value in trainer.model.state_dict().values())
-    train, validation = data.encoded.unknown(data.train), data.encoded.unknown(data.validation)
+    train, validation, test = unknown(data).values()
     if trainer.rank == 0:
-        print(f"{len(data.train):,} training, {len(data.validation):,} validation, {len(test.tokens):,} test rows\n"
+        print(f"{len(data.train):,} training, {len(data.validation):,} validation, {len(data.test[1]):,} test rows\n"
               f"vocabulary {len(data.words):,} words of min-count {trainer.config.min_count}; <unk> {train:.2%} of "
-              f"training, {validation:.2%} of validation, {test.unknown():.2%} of test tokens\n"
+              f"training, {validation:.2%} of validation, {test:.2%} of test tokens\n"
               f"{weights:,} weights, {str(trainer.dtype).removeprefix('torch.')} on {machine(trainer.device)['device']}"
               f", {trainer.steps:,} steps of {trainer.targets_per_epoch / trainer.per_epoch:,.0f} targets", flush=True)
 
 
-def measure(elmo, trainer, texts: tuple[list[str], list[str]], test, score_rows) -> tuple[dict, dict]:
-    """(splits, confusion) of the finished model, as the schema above says; texts are train.csv's and test.csv's."""
+def measure(elmo, trainer, score_rows) -> tuple[dict, dict]:
+    """(splits, confusion) of the finished model, as the schema above says."""
     data = trainer.data
     sample = np.sort(np.random.default_rng([elmo.config.seed, 4]).permutation(data.train)[:SAMPLE])
     chosen = {"train": (data.encoded, sample), "validation": (data.encoded, data.validation),
-              "test": (test, np.arange(len(test.tokens)))}
-    known = read_ag_news("train").description       # all of train.csv, whatever --rows took of it
-    fresh = {"validation": fresh_rows([texts[0][i] for i in data.train], [texts[0][i] for i in data.validation]),
-             "test": fresh_rows(known, texts[1])}
+              "test": data.test}
+    fresh = {}
+    if data.texts:
+        train, test = data.texts
+        known = read_ag_news("train").description       # all of train.csv, whatever --rows took of it
+        fresh = {"validation": fresh_rows([train[i] for i in data.train], [train[i] for i in data.validation]),
+                 "test": fresh_rows(known, test)}
     splits, parts = {}, {}
     for name, (encoded, rows) in chosen.items():
         scores = score_rows(elmo.model, encoded, rows, details=True)
@@ -114,15 +126,17 @@ def measure(elmo, trainer, texts: tuple[list[str], list[str]], test, score_rows)
         if name in fresh and fresh[name].any():
             splits[name]["fresh"] = summary(scores, fresh[name])
         parts[name] = rows_of(encoded.tokens, encoded.lookup, rows)
-    add_ngrams(splits, rows_of(data.encoded.tokens, data.encoded.lookup, data.train), parts, fresh, len(data.words))
+    if data.encoded.tokens.offsets[-1] <= MOST:
+        train = rows_of(data.encoded.tokens, data.encoded.lookup, data.train)
+        add_ngrams(splits, train, parts, fresh, len(data.words))
     return splits, confusion(scores, data.words.words)
 
 
-def publish(elmo, trainer, texts, test, score_rows, out: Path, before: float) -> None:
+def publish(elmo, trainer, score_rows, out: Path, before: float) -> None:
     """Measures the finished model, `before` seconds after the command; OUT/bilstm.pt, pretraining.json and figures."""
     data, begin = trainer.data, time.perf_counter() - before
     print("measuring the finished model with the full softmax", flush=True)
-    splits, matrix = measure(elmo, trainer, texts, test, score_rows)
+    splits, matrix = measure(elmo, trainer, score_rows)
     elmo.metrics = {name: {d: part[d]["perplexity"] for d in DIRECTIONS} for name, part in splits.items()}
     elmo.save(out / "bilstm.pt")
     seconds = max(elmo.history[-1]["seconds"], 1e-9) if elmo.history else 0.0
@@ -134,8 +148,7 @@ def publish(elmo, trainer, texts, test, score_rows, out: Path, before: float) ->
         "tokens_per_second": trainer.targets_per_epoch * elmo.config.epochs / seconds if seconds else None,
         "vocabulary": len(data.words), "parameters": sum(v.numel() for v in elmo.model.state_dict().values()),
         "file_mb": (out / "bilstm.pt").stat().st_size / 1e6, "digest": elmo.digest,
-        "unknown": {"train": data.encoded.unknown(data.train), "validation": data.encoded.unknown(data.validation),
-                    "test": test.unknown()},
+        "unknown": unknown(data),
         "history": elmo.history, "splits": splits, "confusion": matrix}
     figures.pretraining(result, out)
     result["minutes"] = (time.perf_counter() - begin) / 60
@@ -151,6 +164,7 @@ def table(result: dict) -> str:
     for name, part in result["splits"].items():
         for label, p in ((name, part), (f"{name}, fresh rows", part.get("fresh"))):
             if p and p["rows"]:
-                lines.append(f"{label:<20}{p['rows']:>8,}{p['forward']['perplexity']:>10.2f}{p['backward']['perplexity']:>10.2f}"
-                             f"{p['forward']['kneser_ney_perplexity']:>12.2f}{p['unigram_perplexity']:>10.1f}")
+                values = (p["forward"]["perplexity"], p["backward"]["perplexity"],
+                          p["forward"].get("kneser_ney_perplexity", np.nan), p.get("unigram_perplexity", np.nan))
+                lines.append(f"{label:<20}{p['rows']:>8,}" + "{:>10.2f}{:>10.2f}{:>12.2f}{:>10.1f}".format(*values))
     return "\n".join(lines)

@@ -1,0 +1,92 @@
+"""--corpus: plain text read line by line, cut into rows, prepared in flat memory and trained on by the script."""
+import gzip
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import ELMO
+from data import corpus, sample
+from data.text import Data
+
+
+def test_plain_text_is_every_line_of_a_folders_txt_and_gz_files_in_the_order_of_their_names(tmp_path):
+    (tmp_path / "b.txt").write_bytes("\ufeffone two\r\n\n  \nthree\n".encode())
+    (tmp_path / "a").mkdir()
+    with gzip.open(tmp_path / "a" / "x.gz", "wt") as file:
+        file.write("zero\nlast without an end")
+    (tmp_path / "c.csv").write_text("not read")
+    lines = corpus.Lines(tmp_path)
+    assert list(lines) == list(lines) == ["zero", "last without an end", "one two", "three"]
+    assert list(corpus.Lines(tmp_path / "c.csv")) == ["not read"]
+
+
+def test_a_line_longer_than_memory_should_hold_is_cut_between_words_or_characters(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "LETTERS", 50)
+    words = [f"wörd{i}" for i in range(100)]
+    for text, parts in ((" ".join(words), words), ("東京" * 60, None)):
+        (tmp_path / "a.txt").write_text(text + "\nnext\n", encoding="utf-8")
+        *pieces, last = corpus.Lines(tmp_path / "a.txt")
+        assert last == "next" and len(pieces) > 3 and all(len(piece.encode()) <= 50 for piece in pieces)
+        assert " ".join(pieces).split() == parts if parts else "".join(pieces) == text
+
+
+def test_a_long_row_becomes_several_of_the_same_tokens():
+    tokens = corpus.Tokens(["a"], np.zeros(9, dtype=np.int32), np.array([0, 5, 5, 7, 9]))
+    assert tokens.cut(2).offsets.tolist() == [0, 2, 4, 5, 5, 7, 9] and tokens.cut(5).offsets.tolist() == [0, 5, 5, 7, 9]
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("a.txt", b"good\nb\xe9d\n", "a.txt, line 2: is not UTF-8"), ("a.gz", b"no gzip", "a.gz cannot be read"),
+    ("a.gz", gzip.compress(b"words and words\n" * 99)[:-20], "a.gz cannot be read"),
+    ("a.gz", gzip.compress(b"words and words\n" * 99)[:-4] + b"1234", "a.gz cannot be read"),
+    ("a.txt", b"", "has 0 rows"), ("a.txt", b"one\ntwo\n", "has 2 rows"), ("a.csv", b"a,b\n", "no folder with .txt")])
+def test_a_wrong_corpus_is_named_in_one_sentence(tmp_path, capsys, monkeypatch, name, content, message):
+    monkeypatch.setattr(ELMO, "CACHE", tmp_path / "cache")
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / name).write_bytes(content)
+    argv = ["--corpus", str(tmp_path / "text"), "--out", str(tmp_path / "out"), "--validation", "1"]
+    assert ELMO.main(argv) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_the_script_trains_on_plain_text_and_keeps_validation_and_test_rows_apart(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ELMO, "CACHE", tmp_path / "cache")
+    texts = [text for _, _, text in sample.generate(500)]
+    (tmp_path / "a.txt").write_text("\n".join(texts[:300]), encoding="utf-8")
+    with gzip.open(tmp_path / "b.gz", "wt") as file:
+        file.write("\n".join(texts[300:]))
+    assert ELMO.main(["--corpus", str(tmp_path), "--out", str(tmp_path / "out"), "--hidden", "12", "--validation", "40",
+                      "--min-count", "1", "--batch-tokens", "300", "--epochs", "1"]) == 0
+    result = json.loads((tmp_path / "out" / "pretraining.json").read_text())
+    assert {name: part["rows"] for name, part in result["splits"].items()} == {
+        "train": 420, "validation": 40, "test": 40}
+    data = Data.of_plain_text(str(tmp_path), ELMO.Config(validation=40, min_count=1), tmp_path / "cache")
+    assert sorted([*data.train, *data.validation, *data.test[1]]) == list(range(500))
+    found = ELMO.ELMo.load(tmp_path / "out" / "bilstm.pt").score([texts[row] for row in data.test[1]])
+    assert found["forward"]["perplexity"] == pytest.approx(result["splits"]["test"]["forward"]["perplexity"], rel=1e-4)
+
+
+PREPARE = """import sys
+from pathlib import Path
+import ELMO
+from data.machine import peak_memory_gb
+from data.text import Data
+data = Data.of_plain_text(sys.argv[1], ELMO.Config(validation=100), Path(sys.argv[2]))
+print(len(data.encoded.tokens.ids), peak_memory_gb())"""
+
+
+def test_a_corpus_is_prepared_in_memory_that_does_not_grow_with_it(tmp_path):
+    found = []
+    for rows in (1_000, 20_000):
+        text = "\n".join(f"w{i % 5000} is a word of row {i % 7} and so on" * 9 for i in range(rows))
+        (tmp_path / "a.txt").write_text(text)
+        run = subprocess.run([sys.executable, "-c", PREPARE, tmp_path / "a.txt", tmp_path / "cache"], cwd=ROOT,
+                             capture_output=True, text=True, check=True)
+        found.append([float(number) for number in run.stdout.split()])
+    (_, small), (tokens, large) = found
+    assert tokens > 1_500_000 and large - small < 0.04      # as strings alone these tokens take 0.09 GB
