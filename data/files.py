@@ -6,12 +6,14 @@ import os
 import signal
 import sys
 import threading
+import weakref
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -211,6 +213,30 @@ def write_npz(load: Callable, source: str | None, target: str | None, precision:
         write_atomically(target, pack)
     print(f"{target}: offsets ({len(offsets)},), vectors {shape} of {len(lines):,} texts")
     return 0
+
+
+class Held:
+    """A folder that no other process's run writes while this object lives, however this process ends."""
+    every: ClassVar = weakref.WeakValueDictionary()
+
+    def __init__(self, folder: Path):
+        self.file = os.open(folder, os.O_RDONLY)
+        try:
+            import fcntl  # not on Windows, nor do all file systems lock
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another run is writing to {folder}; wait for its end or choose another --out") from None
+        except (ImportError, OSError):
+            pass
+
+    def __del__(self):
+        os.close(self.file)
+
+
+def hold(folder: Path) -> Held:
+    """The folder, held against other processes; InputError when one of them has it."""
+    folder = folder.resolve()
+    return Held.every.get(folder) or Held.every.setdefault(folder, Held(folder))
 
 
 @contextmanager

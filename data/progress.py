@@ -4,13 +4,13 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from data.files import InputError, one_line, read_resume, stop_request, write_atomically, write_resume
+from data.files import InputError, hold, one_line, read_resume, stop_request, write_atomically, write_resume
 from data.machine import keep_freed_memory, sum_over_processes
 
 
@@ -78,6 +78,7 @@ class Run:
         if file and trainer.rank == 0:
             write_atomically(file.with_name(".writable"), lambda _: None)       # found out now, not after an epoch
             file.with_name(".writable").unlink()
+            self.held = hold(file.parent)       # until this run, and so the script, ends
         if resume and file and file.exists():
             self.load(read_resume(file, trainer.identity()))
         self.earlier = self.wall            # seconds of the parts before this one
@@ -91,7 +92,11 @@ class Run:
         self.request = self.requests.enter_context(stop_request())
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind, error, _) -> None:
+        if isinstance(error, InputError) and self.file:         # a loss that is not finite: the weights still are
+            with suppress(InputError):
+                self.save()
+                self.progress.write(f"{self.file} keeps the state before step {self.step:,}")
         self.requests.close()
         self.progress.bar.close()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # run as `python report/readme.py`
 
-from data.files import read_text, write_atomically
+from data.files import InputError, read_text, write_atomically
 from data.knobs import script
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -146,7 +146,12 @@ def filled(readme: str, folder: Path) -> str:
     for name, write in BLOCKS.items():
         path = folder / f"{name}.json"
         if path.exists():
-            block = f"<!-- {path.name} -->\n{write(json.loads(read_text(path)))}\n<!-- end -->"
+            try:
+                block = f"<!-- {path.name} -->\n{write(json.loads(read_text(path)))}\n<!-- end -->"
+            except (ValueError, KeyError, TypeError, IndexError) as error:
+                if isinstance(error, InputError):
+                    raise
+                raise InputError(f"{path} is not what the scripts write ({error!r}); run them again") from None
             old = re.compile(f"<!-- {re.escape(path.name)} -->.*?<!-- end -->", re.DOTALL)
             readme = old.sub(lambda _, block=block: block, readme)
     return readme
