@@ -1,31 +1,40 @@
 """How fast this machine trains, embeds, tokenizes and starts: a table, and models/bench.json.
 
     python report/bench.py                          the published Config on the real rows; under 20 minutes on two cores
-    python report/bench.py --quick                  shorter measures; 3 minutes
+    python report/bench.py --quick                  shorter measures, none in processes of their own; 3 minutes
     python report/bench.py --hidden 96 --rows 9000  any knob of ELMO.py
+    python report/bench.py --to-perplexity 150      also minutes to that validation perplexity, on a tenth of the rows
 
-Schema of bench.json; every number is the median of three interleaved repeats, a ratio is taken within its repeat first:
+Schema of bench.json; a number is the median of three interleaved repeats, a ratio is taken within its repeat first:
     tokens_per_second: of Trainer.step; targets of both directions, end symbols in, padding out
-    common_loop_tokens_per_second, common_loop_batch_padded_tokens_per_second: the same of common_loop, its batches
-        padded to the longest row of the corpus (common_loop_positions), or each to its own longest
-    times_common_loop, times_common_loop_batch_padded: tokens_per_second over these
+    common_loop_tokens_per_second, common_loop_batch_padded_tokens_per_second, plain_fp32_tokens_per_second,
+        plain_bf16_tokens_per_second: of the loops of report/loops.py, the common one padded to the longest row of the
+        corpus (common_loop_positions) or per batch; times_<loop>: tokens_per_second over these
     fp32_gflops, bf16_gflops: of a square product of 2,048; peak {precision, gflops}: the precision of training
     share_of_peak: tokens_per_second x operations_per_target / peak, where operations_per_target is
         6 x (matrices of one direction's LSTMs + P x (negatives + 1)), with nothing for padding or recomputation
-    step_time_800k_over_28k: a step with vocabulary.grown words over the same step with vocabulary.words
-    embed_fp32_per_second, embed_bf16_per_second: descriptions through embed_stream; embed {model, texts, config,
-        bf16_computed_in}
+    share_of_products: time of a step's own matrix products, made alone, over the time of the step; same batches
+    step_time_100k_over_10k, step_time_800k_over_10k: a step with vocabularies of these sizes, on the same rows
+    embed_fp32_per_second, embed_bf16_per_second: descriptions through embed_stream; predict_per_second: through
+        Classifier.predict, bf16 where it is fast; embed {model, texts, config, bf16_computed_in}
     tokenize_rows_per_second, tokenize_open_seconds (from the cache): of tokenized_rows descriptions
     startup_seconds: of python ELMO.py --help; seconds: of the bench
+    widths [{width, tokens_per_second, share_of_peak}]: P = H
+    scaling [{rows, seconds, peak_memory_gb}]: tokenizing and one epoch of a small model on so many rows of the
+        built-in corpus; off_linear: the largest difference of seconds a row from their mean, as a share of it
+    processes {one, two}: tokens/s of a process of one thread, and of torchrun with two of them
     machine, versions, config, command, quick, peak_memory_gb, repeats [{number: value}, ..]
+    to_perplexity {perplexity, rows, most_minutes, minutes {loop: minutes or null}, ended {loop: perplexity}}
+    devices {name: the same}: runs on other devices, kept when the file is written anew
 """
 import argparse
+import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -34,79 +43,30 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # run as `python report/bench.py`
 
 import ELMO
+from classification import Classifier
+from data import sample
 from data.files import InputError, write_json
 from data.knobs import Parser, add_knobs, script
-from data.machine import default_device, fast_bf16, machine, peak_memory_gb, versions
-from data.prepare import read_ag_news, split
-from data.text import PAD, UNK, Data, Vocabulary, tokenized
+from data.machine import default_device, fast_bf16, keep_freed_memory, machine, peak_memory_gb, versions
+from data.text import Data, tokenized
+from report.loops import CommonLoop, PlainLoop, perplexity, products, resize
 
 ROOT = Path(__file__).resolve().parent.parent
 REPEATS = 3
 SIDE = 2048                                             # of the square product that measures the peak
-COMMON_WORDS, COMMON_WIDTH, COMMON_BATCH = 14_000, 300, 16
+SIZES = {"10k": 10_000, "100k": 100_000, "800k": 800_000}
+WIDTHS = (128, 256, 512, 1024)
+ROWS = (4_000, 8_000, 16_000, 32_000)                   # of the built-in corpus: 1x, 2x, 4x, 8x
 PLANS = {   # by --quick: seconds of a measure, fewest padded steps and pairs of steps, texts embedded, rows tokenized
-    True: {"seconds": 4.0, "padded": 1, "pairs": 2, "texts": 600, "rows": 10_000},
-    False: {"seconds": 30.0, "padded": 2, "pairs": 6, "texts": 2000, "rows": None}}
+    True: {"seconds": 2.0, "padded": 1, "pairs": 2, "texts": 300, "rows": 10_000},
+    False: {"seconds": 20.0, "padded": 2, "pairs": 6, "texts": 2000, "rows": None}}
 
 
-class CommonLM(nn.Module):
-    """Logits (B, T, 14,000) of one direction as public copies make them: two LSTM layers of 300, an untied softmax."""
-
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(COMMON_WORDS, COMMON_WIDTH)
-        self.lstm = nn.LSTM(COMMON_WIDTH, COMMON_WIDTH, 2, batch_first=True)
-        self.softmax = nn.Linear(COMMON_WIDTH, COMMON_WORDS)
-
-    def forward(self, x: Tensor) -> Tensor:             # (B, T) -> (B, T, 14,000)
-        return self.softmax(self.lstm(self.embedding(x))[0])
-
-
-def common_loop(data: Data, positions: int, seed: int, device: torch.device) -> Iterator[int]:
-    """Targets of each step of the loop of public copies: fp32, dense Adam, 16 rows a batch in random order, for ever.
-
-    Both directions are trained on every batch, each by a model of its own. Batches are padded to `positions`, at least
-    to their longest row; words beyond 14,000 are <unk>.
-    """
-    torch.manual_seed(seed)
-    generator, loss = np.random.default_rng([seed, 5]), nn.CrossEntropyLoss(ignore_index=PAD)
-    models = [CommonLM().to(device) for _ in range(2)]
-    adams = [torch.optim.Adam(model.parameters()) for model in models]
-    while True:
-        order = generator.permutation(data.train)
-        for a in range(0, len(order), COMMON_BATCH):
-            batch = ELMO.collate(data.encoded, order[a:a + COMMON_BATCH])       # x and y (2, T, 16)
-            pad = (0, max(0, positions - batch[0].shape[1]))
-            for d, (model, adam) in enumerate(zip(models, adams, strict=True)):
-                x, y = (F.pad(torch.where(ids[d] < COMMON_WORDS, ids[d], UNK).t(), pad).to(device)     # (B, T)
-                        for ids in batch)
-                adam.zero_grad()
-                loss(model(x).flatten(0, 1), y.flatten()).backward()
-                adam.step()
-            yield int((batch[1] != PAD).sum())
-
-
-class Grown(Data):
-    """Data whose vocabulary has words that no row holds; each counts once, so that it is sampled as a negative."""
-
-    def counts(self) -> np.ndarray:
-        return np.maximum(super().counts(), 1)
-
-
-def grow(data: Data, size: int) -> Grown:
-    """The same rows under a vocabulary of `size` words; InputError when it has as many already."""
-    if size <= len(data.words):
-        raise InputError(f"words is {size}, but the vocabulary has {len(data.words)} already; expected more")
-    words = data.words.words + [f"extra{i}" for i in range(size - len(data.words))]
-    return Grown(Vocabulary(words), data.encoded, data.train, data.validation)
-
-
+# --------------------------------------------------------------------------------------------------- measuring
 def timed(call: Callable[[], float], device: torch.device, seconds: float = 0.0, least: int = 1) -> float:
     """Work per second of a call that returns its work, made `least` times or more, for `seconds` or longer."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -116,6 +76,11 @@ def timed(call: Callable[[], float], device: torch.device, seconds: float = 0.0,
         work, calls = work + call(), calls + 1
     wait()
     return work / (time.perf_counter() - begin)
+
+
+def seconds_of(call: Callable, device: torch.device) -> float:
+    """Of one call."""
+    return 1 / timed(lambda: (call(), 1)[1], device)
 
 
 def product(dtype: torch.dtype, device: torch.device) -> Callable[[], float]:
@@ -128,17 +93,44 @@ def product(dtype: torch.dtype, device: torch.device) -> Callable[[], float]:
     return call
 
 
-def step_ratio(own: ELMO.Trainer, grown: ELMO.Trainer, numbers: Iterator[int], seconds: float, least: int) -> float:
-    """Median over pairs of the grown vocabulary's step time over the own one's, each pair on the same rows."""
-    begin, ratios = time.perf_counter(), []
-    while len(ratios) < least or time.perf_counter() - begin < seconds:
-        n = next(numbers)
-        order = (own, grown) if len(ratios) % 2 else (grown, own)
-        rates = {trainer: timed(lambda trainer=trainer, n=n: trainer.step(n)[1], own.device) for trainer in order}
-        ratios.append(rates[own] / rates[grown])
-    return median(ratios)
+def interleaved(measures: Sequence[Callable[[], dict]], repeats: int = REPEATS) -> list[dict]:
+    """The numbers of every repeat; each measure has its turn in each of them, so that drift meets all alike."""
+    found = [{} for _ in range(repeats)]
+    for i, repeat in enumerate(found, start=1):
+        for measure in measures:
+            repeat |= (new := measure())
+            print(f"repeat {i} of {repeats}: " + ", ".join(f"{k} {v:,.4g}" for k, v in new.items()), flush=True)
+    return found
 
 
+def steps_per_second(trainers: dict[str, ELMO.Trainer], numbers: Iterator[int], seconds: float, least: int) -> dict:
+    """{name: steps a second} on the same rows in turn, so that only what differs between the trainers tells."""
+    begin, spent, n, device = time.perf_counter(), dict.fromkeys(trainers, 0.0), 0, next(iter(trainers.values())).device
+    while n < least or time.perf_counter() - begin < seconds:
+        step, n = next(numbers), n + 1
+        for name, trainer in (reversed(trainers.items()) if n % 2 else trainers.items()):
+            spent[name] += seconds_of(partial(trainer.step, step), device)
+    return {name: n / spent[name] for name in trainers}
+
+
+def share_of_products(trainer: ELMO.Trainer, numbers: Iterator[int], pairs: int) -> dict:
+    """Time of the products of some steps over the time of these steps."""
+    alone = whole = 0.0
+    for _, step in zip(range(pairs), numbers, strict=False):
+        call = products(trainer, step)
+        call()
+        alone += seconds_of(call, trainer.device)
+        whole += seconds_of(partial(trainer.step, step), trainer.device)
+    return {"share_of_products": alone / whole}
+
+
+def operations_per_target(trainer: ELMO.Trainer) -> int:
+    """6 per weight used, 2 forward and 4 backward: one direction's matrices, the target's row and the negatives'."""
+    matrices = [w[0] for layer in trainer.model.layers for w in layer.parameters() if w.dim() == 3]
+    return 6 * (sum(w.numel() for w in matrices) + trainer.config.output * (trainer.negatives.draws + 1))
+
+
+# ------------------------------------------------------------------------------------------- what is measured
 def tokenizing(texts: list[str], config: ELMO.Config) -> dict:
     """Rows per second of a first tokenization into an empty cache, and the seconds of opening it again."""
     with TemporaryDirectory() as cache:
@@ -154,71 +146,169 @@ def startup() -> dict:
     return {"startup_seconds": time.perf_counter() - begin}
 
 
-def interleaved(measures: Sequence[Callable[[], dict]]) -> list[dict]:
-    """The numbers of every repeat; each measure has its turn in each of them, so that drift meets all alike."""
-    repeats = [{} for _ in range(REPEATS)]
-    for i, repeat in enumerate(repeats, start=1):
-        for measure in measures:
-            found = measure()
-            repeat |= found
-            print(f"repeat {i} of {REPEATS}: " + ", ".join(f"{k} {v:,.4g}" for k, v in found.items()), flush=True)
-    return repeats
+def published(config: ELMO.Config, data: Data, device: torch.device) -> tuple[ELMO.ELMo, Classifier | None]:
+    """The committed biLM and classifier; where there are none an untrained biLM."""
+    files = [ROOT / "models" / name for name in ("bilstm.pt", "classifier.pt")]
+    if not all(file.exists() for file in files):
+        return ELMO.ELMo(config, data.words, ELMO.BiLM(config, len(data.words)).to(device)), None
+    return ELMO.ELMo.load(files[0], str(device)), Classifier.load(files[1], files[0], device=str(device))
 
 
-def speeds(trainer: ELMO.Trainer, grown: Grown, elmo: ELMO.ELMo, texts: list[str], positions: int, plan: dict) -> list:
+def speeds(trainer: ELMO.Trainer, elmo: ELMO.ELMo, classifier: Classifier | None, texts: list[str], positions: int,
+           plan: dict) -> list[dict]:
     """The repeats of all that multiplies matrices; each measure is warmed up by steps that do not count."""
-    data, device, seed, seconds = trainer.data, trainer.device, trainer.config.seed, plan["seconds"]
-    large, numbers, rate = ELMO.Trainer(trainer.config, grown, device), count(), partial(timed, device=device)
+    data, device, config, seconds = trainer.data, trainer.device, trainer.config, plan["seconds"]
+    numbers, rate = count(), partial(timed, device=device)
     step = lambda: trainer.step(next(numbers))[1]       # noqa: E731
-    by_batch, by_corpus = (partial(next, common_loop(data, size, seed, device)) for size in (0, positions))
-    products = {"fp32": product(torch.float32, device), "bf16": product(torch.bfloat16, device)}
-    brief = {"fp32": seconds / 8, "bf16": seconds / 8 * fast_bf16(device)}     # emulated, one may take long
-    embed = {name: lambda texts=texts, name=name: sum(1 for _ in elmo.embed_stream(texts, name)) for name in products}
-    for warm_up in (step, step, partial(large.step, 0), partial(large.step, 1), by_batch, by_corpus,
-                    partial(embed["fp32"], texts[:8]), *products.values()):
+    grown = {name: ELMO.Trainer(config, resize(data, size), device) for name, size in SIZES.items()}
+    loops = {"common_loop_batch_padded": CommonLoop(data, 0, config.seed, device),
+             "plain_fp32": PlainLoop(config, data, torch.float32, device)}
+    if fast_bf16(device):       # emulated, a step may take minutes
+        loops["plain_bf16"] = PlainLoop(config, data, torch.bfloat16, device)
+    common = CommonLoop(data, positions, config.seed, device)
+    squares = {"fp32": product(torch.float32, device), "bf16": product(torch.bfloat16, device)}
+    brief = {"fp32": seconds / 8, "bf16": seconds / 8 * fast_bf16(device)}
+    embed = {name: lambda texts=texts, name=name: sum(1 for _ in elmo.embed_stream(texts, name)) for name in squares}
+    predict = (lambda: len(classifier.predict(texts, "auto"))) if classifier else None
+    for warm_up in (step, step, *(partial(t.step, 0) for t in grown.values()), *loops.values(), *squares.values(),
+                    partial(embed["fp32"], texts[:8])):
         warm_up()
+    def sizes() -> dict:
+        found = steps_per_second(grown, numbers, seconds, plan["pairs"])
+        return {f"step_time_{name}_over_10k": found["10k"] / found[name] for name in list(SIZES)[1:]}
     return interleaved([
-        lambda: {f"{name}_gflops": rate(call, seconds=brief[name]) for name, call in products.items()},
+        lambda: {f"{name}_gflops": rate(call, seconds=brief[name]) for name, call in squares.items()},
         lambda: {"tokens_per_second": rate(step, seconds=seconds)},
-        lambda: {"common_loop_batch_padded_tokens_per_second": rate(by_batch, seconds=seconds)},
-        lambda: {"common_loop_tokens_per_second": rate(by_corpus, seconds=seconds, least=plan["padded"])},
-        lambda: {"step_time_800k_over_28k": step_ratio(trainer, large, numbers, seconds, plan["pairs"])},
-        lambda: {f"embed_{name}_per_second": rate(call) for name, call in embed.items()}])
+        lambda: share_of_products(trainer, numbers, 2 * plan["pairs"]),
+        *(lambda name=name, loop=loop: {f"{name}_tokens_per_second": rate(loop, seconds=seconds)}
+          for name, loop in loops.items()),
+        lambda: {"common_loop_tokens_per_second": rate(common, seconds=seconds, least=plan["padded"])},
+        sizes,
+        lambda: {f"embed_{name}_per_second": rate(call) for name, call in embed.items()},
+        *([lambda: {"predict_per_second": rate(predict)}] if predict else [])])
 
 
-def operations_per_target(trainer: ELMO.Trainer) -> int:
-    """6 per weight used, 2 forward and 4 backward: one direction's matrices, the target's row and the negatives'."""
-    matrices = [w[0] for layer in trainer.model.layers for w in layer.parameters() if w.dim() == 3]
-    return 6 * (sum(w.numel() for w in matrices) + trainer.config.output * (trainer.negatives.draws + 1))
+def widths(config: ELMO.Config, data: Data, device: torch.device, peak: float, seconds: float) -> list[dict]:
+    """Training at other widths, P = H, each after two steps that do not count."""
+    out = []
+    for width in WIDTHS:
+        trainer, numbers = ELMO.Trainer(replace(config, width=width, hidden=width), data, device), count()
+        step = lambda trainer=trainer, numbers=numbers: trainer.step(next(numbers))[1]       # noqa: E731
+        timed(step, device, least=2)
+        speed = timed(step, device, seconds)
+        out.append({"width": width, "tokens_per_second": speed,
+                    "share_of_peak": speed * operations_per_target(trainer) / (peak * 1e9)})
+        print(f"width {width}: {speed:,.0f} tokens/s", flush=True)
+    return out
 
 
-def bench(config: ELMO.Config, size: int, plan: dict) -> dict:
-    """Everything in the file but what names the run; `size` is the grown vocabulary's."""
-    train, test = (read_ag_news(*part).description.tolist() for part in (("train", config.rows), ("test",)))
-    load = os.getloadavg()[0]
-    data = Data.of(train, config, *split(len(train), config.validation, config.seed), cache=ELMO.CACHE)
-    grown, device, file = grow(data, size), torch.device(default_device()), ROOT / "models" / "bilstm.pt"
-    published = file.exists()
-    elmo = (ELMO.ELMo.load(file, str(device)) if published else
-            ELMO.ELMo(config, data.words, ELMO.BiLM(config, len(data.words)).to(device)))
-    rows, texts = (train + test)[:plan["rows"]], test[:plan["texts"]]
+PREPARE_AND_TRAIN = """import sys, time
+from pathlib import Path
+import torch, ELMO
+from data.machine import peak_memory_gb
+from data.text import Data
+config, begin = ELMO.Config(hidden=64, validation=200, epochs=1.0, min_count=1, batch_tokens=2000), time.perf_counter()
+data = Data.of_ag_news(config, Path(sys.argv[1]))
+trainer = ELMO.Trainer(config, data, torch.device("cpu"))
+for step in range(trainer.steps):
+    trainer.step(step)
+print(time.perf_counter() - begin, peak_memory_gb())"""
+
+
+def scaling(folder: Path) -> list[dict]:
+    """Tokenizing and one epoch on 1, 2, 4 and 8 times as many rows of the built-in corpus, in a process each."""
+    found = {rows: [] for rows in ROWS}
+    for rows in ROWS:
+        sample.write(folder / str(rows), rows, seed=0, test_rows=100)
+    for repeat in range(REPEATS):
+        for rows in ROWS:
+            run = subprocess.run([sys.executable, "-c", PREPARE_AND_TRAIN, folder / f"cache-{rows}-{repeat}"], cwd=ROOT,
+                                 env=os.environ | {"AG_NEWS_DIR": str(folder / str(rows))}, capture_output=True,
+                                 text=True, check=True)
+            found[rows].append([float(number) for number in run.stdout.split()])
+            print(f"{rows:,} rows: {found[rows][-1][0]:.1f} seconds, {found[rows][-1][1]:.2f} GB", flush=True)
+    medians = {rows: [median(values) for values in zip(*runs, strict=True)] for rows, runs in found.items()}
+    return [{"rows": rows, "seconds": seconds, "peak_memory_gb": memory} for rows, (seconds, memory) in medians.items()]
+
+
+def processes(folder: Path) -> dict:
+    """Tokens a second of ELMO.py in one process of one thread, and in two of torchrun that share every batch."""
+    sample.write(folder / "corpus", 4_000, seed=0, test_rows=100)
+    out, torchrun = {}, [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    for name, launch in (("one", [sys.executable]), ("two", torchrun)):
+        knobs = ["--width", "256", "--hidden", "256", "--validation", "200", "--epochs", "2", "--min-count", "1"]
+        subprocess.run([*launch, str(ROOT / "ELMO.py"), "--out", str(folder / name), *knobs], check=True,
+                       capture_output=True,
+                       env=os.environ | {"AG_NEWS_DIR": str(folder / "corpus"), "OMP_NUM_THREADS": "1"})
+        out[name] = json.loads((folder / name / "pretraining.json").read_text())["tokens_per_second"]
+        print(f"{name} process(es): {out[name]:,.0f} tokens/s", flush=True)
+    return out
+
+
+def to_perplexity(config: ELMO.Config, data: Data, device: torch.device, goal: float, most: float) -> dict:
+    """Minutes of training until the validation perplexity, mean of both directions' nats, is `goal`; null after `most`.
+
+    On a tenth of the training rows, chosen by the seed, one loop after the other; the perplexity is measured ten times
+    a pass on 1,000 validation rows, outside the clock. The common loop has 14,000 words and is padded per batch.
+    """
+    few = np.sort(np.random.default_rng([config.seed, 7]).permutation(data.train)[:len(data.train) // 10])
+    rows, part = data.validation[:1000], replace(data, train=few)
+    trainer = ELMO.Trainer(replace(config, rows=0), part, device)
+    def own() -> float:
+        scores = ELMO.score_rows(trainer.model, data.encoded, rows, trainer.dtype)
+        return float(np.exp(np.log(scores.perplexity()).mean()))
+    numbers = count()
+    runs = {"elmo": (lambda: trainer.step(next(numbers)), own, trainer.per_epoch, trainer.steps)}
+    for name, loop in (("plain_fp32", PlainLoop(config, part, torch.float32, device)),
+                       ("plain_bf16", PlainLoop(config, part, torch.bfloat16, device)),
+                       ("common_loop_batch_padded", CommonLoop(part, 0, config.seed, device))):
+        if name != "plain_bf16" or fast_bf16(device):
+            per_epoch = trainer.per_epoch if "plain" in name else len(few) // 16
+            runs[name] = (loop, partial(perplexity, loop, rows), per_epoch, 10**9)
+    minutes, ended = {}, {}
+    for name, (step, measure, per_epoch, steps) in runs.items():
+        seconds, done, found = 0.0, 0, np.inf
+        while found > goal and seconds < 60 * most and done < steps:
+            some = min(max(1, per_epoch // 10), steps - done)
+            seconds, done = seconds + some / timed(lambda step=step: step() and 1, device, least=some), done + some
+            found = measure()
+            print(f"{name}: perplexity {found:.1f} after {done} steps, {seconds / 60:.2f} minutes", flush=True)
+        minutes[name], ended[name] = seconds / 60 if found <= goal else None, found
+    return {"perplexity": goal, "rows": len(few), "most_minutes": most, "minutes": minutes, "ended": ended}
+
+
+# ------------------------------------------------------------------------------------------------------- main
+def bench(config: ELMO.Config, plan: dict, quick: bool) -> dict:
+    """Everything in the file but what names the run."""
+    load, device = os.getloadavg()[0], torch.device(default_device())
+    data = Data.of_ag_news(config, ELMO.CACHE)
+    rows, texts = [text for part in data.texts for text in part][:plan["rows"]], data.texts[1][:plan["texts"]]
     host = interleaved([partial(tokenizing, rows, config), startup])    # first, while there is little memory to fork
+    keep_freed_memory()                                                 # as data.progress.Run does
+    elmo, classifier = published(config, data, device)
     trainer = ELMO.Trainer(config, data, device)
     positions = int(np.diff(data.encoded.tokens.offsets)[data.train].max()) + 1
     operations, precision = operations_per_target(trainer), "bf16" if trainer.dtype == torch.bfloat16 else "fp32"
-    repeats = [a | b for a, b in zip(host, speeds(trainer, grown, elmo, texts, positions, plan), strict=True)]
+    found = speeds(trainer, elmo, classifier, texts, positions, plan)
+    repeats = [a | b for a, b in zip(host, found, strict=True)]
     for repeat in repeats:
-        for name in ("common_loop", "common_loop_batch_padded"):
+        for name in [name.removesuffix("_tokens_per_second") for name in repeat if name.endswith("_tokens_per_second")]:
             repeat[f"times_{name}"] = repeat["tokens_per_second"] / repeat[f"{name}_tokens_per_second"]
         repeat["share_of_peak"] = repeat["tokens_per_second"] * operations / (repeat[f"{precision}_gflops"] * 1e9)
     medians = {name: median(repeat[name] for repeat in repeats) for name in repeats[0]}
-    return medians | {
+    result = medians | {
         "machine": machine(device) | {"load_before": load}, "operations_per_target": operations,
         "peak": {"precision": precision, "gflops": medians[f"{precision}_gflops"]}, "common_loop_positions": positions,
-        "vocabulary": {"words": len(data.words), "grown": size}, "tokenized_rows": len(rows),
-        "embed": {"model": "models/bilstm.pt" if published else "untrained", "texts": len(texts),
+        "vocabulary": len(data.words), "tokenized_rows": len(rows),
+        "embed": {"model": "models/bilstm.pt" if classifier else "untrained", "texts": len(texts),
                   "config": asdict(elmo.config), "bf16_computed_in": "bf16" if fast_bf16(device) else "fp32"},
-        "repeats": repeats}
+        "repeats": repeats, "widths": widths(config, data, device, medians[f"{precision}_gflops"], plan["seconds"] / 2)}
+    if not quick:
+        with TemporaryDirectory() as folder:
+            result |= {"scaling": scaling(Path(folder)), "processes": processes(Path(folder))}
+        per_row = [part["seconds"] / part["rows"] for part in result["scaling"]]
+        result["off_linear"] = max(abs(value / np.mean(per_row) - 1) for value in per_row)
+    return result
 
 
 def table(repeats: list[dict]) -> str:
@@ -232,6 +322,18 @@ def table(repeats: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def merged(result: dict, file: Path) -> dict:
+    """The result, with what the file holds of other devices and, unless it is new, of --to-perplexity."""
+    old = json.loads(file.read_text()) if file.exists() else {}
+    name, others = result["machine"]["device"], old.pop("devices", {})
+    before = old.get("machine", {}).get("device")
+    if before == name:
+        result = {key: old[key] for key in ("to_perplexity",) if key in old} | result
+    elif before and "quick" in old:
+        others[before] = old
+    return result | {"devices": {key: value for key, value in others.items() if key != name}}
+
+
 @script("bench.py")
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, 2 for an input that the user can mend, 130 after Ctrl-C."""
@@ -239,19 +341,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="shorter measures, 3 minutes on two cores")
     parser.add_argument("--out", type=Path, default=ROOT / "models" / "bench.json", help="default models/bench.json")
-    parser.add_argument("--seconds", type=float, help="of each measure, instead of 4 (--quick) or 30")
-    parser.add_argument("--words", type=int, default=800_000, help="the grown vocabulary (default %(default)s)")
+    parser.add_argument("--seconds", type=float, help="of each measure, instead of 2 (--quick) or 20")
+    parser.add_argument("--to-perplexity", type=float, metavar="GOAL", help="also minutes to this perplexity")
+    parser.add_argument("--minutes", type=float, default=30.0, help="most of each loop for that (default %(default)s)")
     add_knobs(parser, ELMO.Config)
     given = vars(parser.parse_args(argv))
-    quick, out, seconds, words = (given.pop(name) for name in ("quick", "out", "seconds", "words"))
+    quick, out, seconds = (given.pop(name) for name in ("quick", "out", "seconds"))
+    goal, most = given.pop("to_perplexity"), given.pop("minutes")
     if out.is_dir():
         raise InputError(f"--out {out} is a folder; name a file")
     config, plan = ELMO.Config(**given), PLANS[quick] | ({} if seconds is None else {"seconds": seconds})
-    result = bench(config, words, plan)
+    result = bench(config, plan, quick)
     print(table(result["repeats"]))
-    write_json(out, result | {
+    if goal:
+        device = torch.device(default_device())
+        result["to_perplexity"] = to_perplexity(config, Data.of_ag_news(config, ELMO.CACHE), device, goal, most)
+    write_json(out, merged(result | {
         "command": " ".join(["python", "report/bench.py", *argv]), "quick": quick, "config": asdict(config),
-        "versions": versions(), "peak_memory_gb": peak_memory_gb(), "seconds": time.perf_counter() - begin})
+        "versions": versions(), "peak_memory_gb": peak_memory_gb(), "seconds": time.perf_counter() - begin}, out))
     print(f"{out}: after {time.perf_counter() - begin:,.0f} seconds")
     return 0
 

@@ -86,11 +86,15 @@ class Bench:
         return ["--out", str(out), *own, *more]
 
     def run(self, name: str, out: Path, *more: str, before: Callable | None = None) -> subprocess.Popen:
-        """The script in a process of one thread, what it prints appended to OUT/../log of that folder's name."""
+        """The script in a process of one thread, what it prints appended to a log beside that folder."""
+        def begin() -> None:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)        # a shell's background job ignores it
+            if before:
+                before()
         with open(f"{out}.log", "ab") as log:
             return subprocess.Popen(
                 [sys.executable, str(ROOT / name), *self.argv(name, out, *more)], stdout=log, stderr=log,
-                env=os.environ | {"OMP_NUM_THREADS": "1"}, preexec_fn=before)
+                env=os.environ | {"OMP_NUM_THREADS": "1"}, preexec_fn=begin)
 
     def right(self, name: str, out: Path) -> bool:
         """Whether a run ended with the undisturbed one's weights, and left nothing but its results."""

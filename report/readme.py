@@ -42,21 +42,60 @@ second, {r['peak_memory_gb']:.1f} GB of memory; {r['parameters'] / 1e6:.1f} mill
 
 def bench(r: dict) -> str:
     """Speeds and ratios of one run of report/bench.py."""
-    rows = [
-        ("targets a second, training", f"{r['tokens_per_second']:,.0f}"),
-        ("times the common loop, padded to the corpus's longest row", f"{r['times_common_loop']:.1f}"),
-        ("times the common loop, padded per batch", f"{r['times_common_loop_batch_padded']:.1f}"),
-        (f"share of the machine's own {r['peak']['precision']} matrix peak ({r['peak']['gflops']:,.0f} GFLOP/s)",
-         f"{r['share_of_peak']:.0%}"),
-        (f"step time with {r['vocabulary']['grown']:,} words over {r['vocabulary']['words']:,}",
-         f"{r['step_time_800k_over_28k']:.2f}"),
-        ("descriptions embedded a second, fp32", f"{r['embed_fp32_per_second']:,.0f}"),
-        ("rows tokenized a second", f"{r['tokenize_rows_per_second']:,.0f}")]
+    peak = f"the machine's own {r['peak']['precision']} matrix peak ({r['peak']['gflops']:,.0f} GFLOP/s)"
+    rows = [("targets a second, training", f"{r['tokens_per_second']:,.0f}")]
+    rows += [(f"times {what}", f"{r[key]:.1f}") for what, key in (
+        ("the common loop, padded to the corpus's longest row", "times_common_loop"),
+        ("the common loop, padded per batch", "times_common_loop_batch_padded"),
+        ("a tuned plain PyTorch loop of the same model, full softmax, fp32", "times_plain_fp32"),
+        ("the same in bf16", "times_plain_bf16")) if key in r]
+    rows += [(f"share of {peak}", f"{r['share_of_peak']:.0%}"),
+             ("share of a step's time that its matrix products take alone", f"{r['share_of_products']:.0%}")]
+    rows += [(f"step time with {size} words over 10,000", f"{r[key]:.2f}") for size, key in (
+        ("100,000", "step_time_100k_over_10k"), ("800,000", "step_time_800k_over_10k"))]
+    rows += [(f"{what} a second", f"{r[key]:,.0f}") for what, key in (
+        ("descriptions embedded, fp32,", "embed_fp32_per_second"),
+        ("descriptions embedded, bf16,", "embed_bf16_per_second"), ("descriptions classified", "predict_per_second"),
+        ("rows tokenized", "tokenize_rows_per_second")) if key in r]
+    rows += [("seconds to start", f"{r['startup_seconds']:.1f}")]
+    if "scaling" in r:
+        first, last = r["scaling"][0], r["scaling"][-1]
+        times = last["seconds"] / first["seconds"]
+        rows += [(f"time of {last['rows']:,} built-in rows over {first['rows']:,}", f"{times:.1f}"),
+                 ("memory of these two, GB", f"{last['peak_memory_gb']:.2f}, {first['peak_memory_gb']:.2f}"),
+                 ("two processes of one thread over one", f"{r['processes']['two'] / r['processes']['one']:.2f}")]
     bf16 = "with" if r["machine"]["bf16_hardware"] else "without"
-    lines = ["| what | median of three |", "|---|--:|", *(f"| {what} | {value} |" for what, value in rows), "",
-             f"Made by `{r['command']}` on {r['machine']['cores']} cores ({r['machine']['device']}, {bf16} bf16 "
-             "hardware)."]
+    lines = ["| what | median of three |", "|---|--:|", *(f"| {what} | {value} |" for what, value in rows), ""]
+    if "to_perplexity" in r:
+        lines += to_perplexity(r["to_perplexity"])
+    lines.append(f"Made by `{r['command']}` on {r['machine']['cores']} cores ({r['machine']['device']}, {bf16} bf16 "
+                 "hardware).")
     return "\n".join(lines)
+
+
+def to_perplexity(r: dict) -> list[str]:
+    """Lines of a table of minutes to a given validation perplexity, one loop a row."""
+    names = {"elmo": "this", "plain_fp32": "plain loop, fp32", "plain_bf16": "plain loop, bf16",
+             "common_loop_batch_padded": "common loop, padded per batch"}
+    lines = [f"| {r['rows']:,} training rows, to validation perplexity {r['perplexity']:g} | minutes |", "|---|--:|"]
+    for name, minutes in r["minutes"].items():
+        missed = f"not in {r['most_minutes']:g} ({r['ended'][name]:.0f} then)"
+        lines.append(f"| {names[name]} | {missed if minutes is None else format(minutes, '.1f')} |")
+    return [*lines, ""]
+
+
+def faults(r: dict) -> str:
+    """What was tried and what survived, one kind of fault a row."""
+    names = {"kills": "SIGKILL, SIGTERM or SIGINT at a random moment, resumed: same weights bit for bit",
+             "damaged_files": "checkpoints cut short or with bytes flipped: refused, or equal",
+             "bad_inputs": "malformed CSV, TOML, JSON and .pt files: one sentence, exit status 2, nothing written",
+             "disk_full": "disk full while saving: one sentence, no part of a file, resumed to the same weights",
+             "two_runs": "a second run on the same folder: says so and stops, the first is not disturbed",
+             "code": ".pt files that would run code: refused",
+             "nan": "loss not a number: stops, names the step, keeps the state before it"}
+    lines = ["| fault | tried | survived |", "|---|--:|--:|"]
+    lines += [f"| {what} | {r[name]['tried']} | {r[name]['survived']} |" for name, what in names.items()]
+    return "\n".join([*lines, "", f"Made by `{r['command']}` in {r['seconds'] / 60:.0f} minutes."])
 
 
 def share(number: dict) -> str:
@@ -137,7 +176,7 @@ NAMES = {"tfidf": "linear TF-IDF", "word2vec": "Word2Vec", "svd": "SVD", "layer0
          "layer2": "top layer alone", "average": "plain average of the layers", "untrained": "untrained biLM",
          "finetuned": "ELMo, fine-tuned"}
 BLOCKS: dict[str, Callable[[dict], str]] = {
-    "pretraining": pretraining, "bench": bench, "baselines": baselines,
+    "pretraining": pretraining, "bench": bench, "faults": faults, "baselines": baselines,
     **dict.fromkeys(("classification", "finetuned", "titled", "sst2", "sst5", "nli"), classification)}
 
 

@@ -16,7 +16,7 @@ from conftest import ROOT, SENTENCES, tiny
 
 import ELMO
 from data import sample
-from data.files import InputError, read_published, write_published, write_resume
+from data.files import InputError, hold, read_published, write_published, write_resume
 from data.prepare import read_csv
 from data.progress import Run
 from report import figures, readme
@@ -344,6 +344,28 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_in_one_sentence():
     trainer.model.layers[0].w_x.data[0, 0, 0] = torch.nan
     with pytest.raises(InputError, match="not finite at step 0"):
         trainer.step(0)
+
+
+def test_a_loss_that_is_not_finite_keeps_the_state_before_it(builtin, whole, capsys, tmp_path, monkeypatch):
+    apply, calls = ELMO.SampledSoftmax.apply, []
+    with monkeypatch.context() as patch:
+        patch.setattr(ELMO.SampledSoftmax, "apply", lambda *parts: calls.append(1) or apply(*parts) * (
+            torch.nan if len(calls) == 31 else 1))
+        assert ELMO.main(["--out", str(tmp_path), *SMALL]) == 2
+    assert "not finite at step 30;" in capsys.readouterr().err
+    assert ELMO.main(["--out", str(tmp_path), *SMALL, "--resume"]) == 0
+    assert calls and len(os.listdir(tmp_path)) == len(os.listdir(whole[0]))
+
+
+def test_a_folder_that_another_process_writes_is_refused_until_that_process_ends(builtin, capsys, tmp_path):
+    code = "from pathlib import Path; import sys; from data.files import hold; held = hold(Path(sys.argv[1])); print(1)"
+    other = subprocess.Popen([sys.executable, "-c", code + "; sys.stdout.flush(); input()", tmp_path], cwd=ROOT,
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout.readline() == b"1\n"
+    assert "another run is writing to" in refused(capsys, SMALL, tmp_path)
+    other.kill()
+    other.communicate()
+    hold(tmp_path)
 
 
 def test_the_folder_named_by_out_may_not_be_a_file(builtin, capsys, tmp_path):
