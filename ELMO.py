@@ -161,10 +161,9 @@ class LSTM(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, w_x: Tensor, w_h: Tensor, bias: Tensor, w_p: Tensor | None) -> Tensor:
-        """(K, T, B, P) outputs for inputs x (K, T, B, width); weights as in Layer."""
-        K, T, B, _ = x.shape
-        H, training = w_x.shape[1] // 4, any(ctx.needs_input_grad)
+    def forward(ctx, x: Tensor, w_x: Tensor, w_h: Tensor, bias: Tensor, w_p: Tensor | None, training: bool) -> Tensor:
+        """(K, T, B, P) outputs of inputs x (K, T, B, width), weights as in Layer; `training`: backward will follow."""
+        (K, T, B, _), H = x.shape, w_x.shape[1] // 4
         gates = torch.bmm(x.flatten(1, 2), w_x.transpose(1, 2)).view(K, T, B, 4 * H)
         now = x.new_empty(K, B, 4 * H, dtype=torch.float32)                 # a step's gates
         i, f, o, u = now.chunk(4, dim=-1)                                   # (K, B, H) each
@@ -219,7 +218,7 @@ class LSTM(torch.autograd.Function):
         dw = torch.bmm(flat.transpose(1, 2), torch.cat([x, before], dim=-1).flatten(1, 2))      # W_x's and W_h's
         dw_p = None if w_p is None else torch.bmm(dprojected.flatten(1, 2).transpose(1, 2), cell_out.flatten(1, 2))
         dx = torch.bmm(flat, w_x).view_as(x) if ctx.needs_input_grad[0] else None
-        return dx, dw[..., :width], dw[..., width:], flat.sum(dim=1), dw_p
+        return dx, dw[..., :width], dw[..., width:], flat.sum(dim=1), dw_p, None
 
 
 class Layer(nn.Module):
@@ -236,7 +235,7 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:                 # (2, T, B, width) -> (2, T, B, P)
         weights = [None if w is None else w.to(x.dtype) for w in (self.w_x, self.w_h, self.bias, self.w_p)]
-        return LSTM.apply(x, *weights)
+        return LSTM.apply(x, *weights, torch.is_grad_enabled())
 
 
 class BiLM(nn.Module):
@@ -668,8 +667,8 @@ class ELMo:
 def pretrain(config: Config, options) -> int:
     """The run of the command: AG News or plain text to bilstm.pt, pretraining.json and PNGs; the exit status."""
     from report import pretraining
-    begin, out = time.perf_counter(), options.out
-    data = Data.of_plain_text(options.corpus, config, CACHE) if options.corpus else Data.of_ag_news(config, CACHE)
+    begin, out, corpus = time.perf_counter(), options.out, options.corpus
+    data = Data.of_ag_news(config, CACHE) if corpus is None else Data.of_plain_text(corpus, config, CACHE)
     trainer = Trainer(config, data, torch.device(default_device()))
     pretraining.describe(trainer)
     run = train(trainer, out / "bilstm.resume.pt", options.resume, pretraining.summary)

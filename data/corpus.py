@@ -14,11 +14,11 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
@@ -44,10 +44,11 @@ class Lines:
     """
 
     def __init__(self, path: str | Path):
-        path = Path(path)
-        self.files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".gz"))
+        self.files = [Path(path)] if Path(path).is_file() else []
+        if path and not self.files:
+            self.files = sorted(p for p in Path(path).rglob("*") if p.suffix in (".txt", ".gz") and p.is_file())
         if not self.files:
-            raise InputError(f"{path} is no file, and no folder with .txt or .gz files; name one")
+            raise InputError(f"{str(path)!r} is no file, and no folder with .txt or .gz files; name one")
 
     def __iter__(self) -> Iterator[str]:
         for path in self.files:
@@ -71,9 +72,8 @@ def lines_of(file) -> Iterator[bytes]:
     while line := rest + file.readline(LETTERS - len(rest)):
         rest = b""
         if len(line) == LETTERS and not line.endswith(b"\n"):
-            cut = line.rfind(b" ") + 1
-            while not cut or (cut < len(line) and line[cut] & 0xC0 == 0x80):        # inside a character
-                cut = (cut or len(line)) - 1
+            begins = (at for at in range(len(line) - 1, len(line) - 5, -1) if line[at] & 0xC0 != 0x80)
+            cut = line.rfind(b" ") + 1 or next(begins, len(line))       # the last character's first byte
             line, rest = line[:cut], line[cut:]
         yield line
 
@@ -103,12 +103,15 @@ class Tokens:
             total += np.bincount(self.ids[offsets[0]:offsets[-1]][mask], minlength=len(total))
         return total
 
-    def cut(self, most: int) -> "Tokens":
-        """The same tokens, a row of more than `most` as several: offsets [0, 5] and most 2 become [0, 2, 4, 5]."""
+    def cut(self, most: int) -> tuple["Tokens", np.ndarray]:
+        """The same tokens, a row of more than `most` as several, and the row that each of these was.
+
+        Offsets [0, 5, 7] and most 2 become [0, 2, 4, 5, 7] and rows [0, 0, 0, 1].
+        """
         pieces = np.maximum(1, -(-np.diff(self.offsets) // most))                   # (rows,)
-        which = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-        return Tokens(self.types, self.ids,
-                      np.append(np.repeat(self.offsets[:-1], pieces) + which * most, self.offsets[-1]))
+        owner = np.repeat(np.arange(len(self)), pieces)
+        which = np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        return Tokens(self.types, self.ids, np.append(self.offsets[owner] + which * most, self.offsets[-1])), owner
 
 
 def count_chunk(tokenize: Callable, texts: list[str]) -> tuple[list[str], np.ndarray, np.ndarray]:
@@ -176,16 +179,20 @@ def tokenize_corpus(texts: Iterable[str], tokenize: Callable, version: str, cach
     """Tokens of the texts, from the cache when the same texts were tokenized by the same `version` before.
 
     The key is a hash of every text and of `version`, which names the tokenizer and its settings. `cache=None` keeps
-    everything in memory and leaves nothing behind; so does a cache that cannot be written. The texts are read twice.
+    everything in memory and leaves nothing behind; so does a cache that cannot be written, unless the texts are Lines.
+    The texts are read twice.
     """
     if cache is not None:
         key = hashlib.sha256(version.encode())
         for text in texts:
             key.update(f"{len(text)}:{text}".encode("utf-8", "surrogatepass"))
         folder = Path(cache) / key.hexdigest()[:24]
-        with suppress(OSError):
+        try:
             if not folder.exists():
                 fill_cache(folder, texts, tokenize)
+        except OSError as error:
+            if isinstance(texts, Lines) and not folder.exists():        # memory might not hold them
+                raise InputError(f"{folder.parent} cannot be written ({error.strerror}); free some space") from None
         if folder.exists():
             return open_tokens(folder)
     buffer = io.BytesIO()
@@ -196,6 +203,9 @@ def tokenize_corpus(texts: Iterable[str], tokenize: Callable, version: str, cach
 def fill_cache(folder: Path, texts: Iterable[str], tokenize: Callable) -> None:
     """Writes a token cache beside its name and gives it that name when it is whole."""
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(".part*"):
+        if time.time() - left.stat().st_mtime > 86_400:         # of a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
     part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".part"))
     try:
         with open(part / "ids.int32", "wb") as file:

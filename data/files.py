@@ -220,9 +220,10 @@ class Held:
     every: ClassVar = weakref.WeakValueDictionary()
 
     def __init__(self, folder: Path):
-        self.file = os.open(folder, os.O_RDONLY)
+        self.file = None
         try:
             import fcntl  # not on Windows, nor do all file systems lock
+            self.file = os.open(folder, os.O_RDONLY)
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"another run is writing to {folder}; wait for its end or choose another --out") from None
@@ -230,7 +231,8 @@ class Held:
             pass
 
     def __del__(self):
-        os.close(self.file)
+        if self.file is not None:
+            os.close(self.file)
 
 
 def hold(folder: Path) -> Held:

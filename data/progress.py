@@ -76,9 +76,10 @@ class Run:
         self.step, self.items, self.seconds, self.wall, self.loss = 0, 0, 0.0, 0.0, 0.0
         self.lowest, self.best, self.history = math.inf, None, []
         if file and trainer.rank == 0:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            self.held = hold(file.parent)       # until this run, and so the script, ends
             write_atomically(file.with_name(".writable"), lambda _: None)       # found out now, not after an epoch
             file.with_name(".writable").unlink()
-            self.held = hold(file.parent)       # until this run, and so the script, ends
         if resume and file and file.exists():
             self.load(read_resume(file, trainer.identity()))
         self.earlier = self.wall            # seconds of the parts before this one

@@ -129,12 +129,14 @@ class Data:
         """Lines of a file or folder, `validation` of them kept apart for validation and as many for test."""
         if config.rows:
             raise InputError("--rows is for train.csv; with --corpus name a shorter file")
-        tokens, kept = tokenized(Lines(path), config, cache).cut(LONGEST), config.validation
-        if len(tokens) <= 2 * kept:
-            raise InputError(f"{path} has {len(tokens):,} rows, of which validation and test take {kept:,} each; "
+        lines, kept = tokenized(Lines(path), config, cache), config.validation
+        if len(lines) <= 2 * kept:
+            raise InputError(f"{path} has {len(lines):,} lines, of which validation and test take {kept:,} each; "
                              "choose a smaller --validation or name more text")
-        train, held_out = split(len(tokens), 2 * kept, config.seed)
-        validation, test = (held_out[part] for part in split(len(held_out), kept, config.seed))
+        train, held_out = split(len(lines), 2 * kept, config.seed)
+        tokens, line = lines.cut(LONGEST)               # the parts of a line stay on one side
+        train, validation, test = (np.flatnonzero(np.isin(line, part)) for part in (
+            train, *(held_out[half] for half in split(2 * kept, kept, config.seed))))
         data = cls.of_tokens(tokens, config, train, validation)
         data.test = (data.encoded, test)
         return data

@@ -5,7 +5,7 @@
     python report/bench.py --hidden 96 --rows 9000  any knob of ELMO.py
     python report/bench.py --to-perplexity 150      also minutes to that validation perplexity, on a tenth of the rows
 
-Schema of bench.json; a number is the median of three interleaved repeats, a ratio is taken within its repeat first:
+Schema of bench.json; up to `widths` the median of three interleaved repeats, a ratio taken within its repeat first:
     tokens_per_second: of Trainer.step; targets of both directions, end symbols in, padding out
     common_loop_tokens_per_second, common_loop_batch_padded_tokens_per_second, plain_fp32_tokens_per_second,
         plain_bf16_tokens_per_second: of the loops of report/loops.py, the common one padded to the longest row of the
@@ -19,12 +19,12 @@ Schema of bench.json; a number is the median of three interleaved repeats, a rat
         Classifier.predict, bf16 where it is fast; embed {model, texts, config, bf16_computed_in}
     tokenize_rows_per_second, tokenize_open_seconds (from the cache): of tokenized_rows descriptions
     startup_seconds: of python ELMO.py --help; seconds: of the bench
-    widths [{width, tokens_per_second, share_of_peak}]: P = H
+    widths [{width, tokens_per_second, share_of_peak}]: P = H, once
     scaling [{rows, seconds, peak_memory_gb}]: tokenizing and one epoch of a small model on so many rows of the
-        built-in corpus; off_linear: the largest difference of seconds a row from their mean, as a share of it
-    processes {one, two}: tokens/s of a process of one thread, and of torchrun with two of them
+        built-in corpus, medians of three; off_linear: the largest |seconds a row / their mean - 1|
+    processes {one, two}: tokens/s of a process of one thread, and of torchrun with two of them, once
     machine, versions, config, command, quick, peak_memory_gb, repeats [{number: value}, ..]
-    to_perplexity {perplexity, rows, most_minutes, minutes {loop: minutes or null}, ended {loop: perplexity}}
+    to_perplexity {command, perplexity, rows, most_minutes, minutes {loop: minutes or null}, ended {loop: perplexity}}
     devices {name: the same}: runs on other devices, kept when the file is written anew
 """
 import argparse
@@ -170,8 +170,8 @@ def speeds(trainer: ELMO.Trainer, elmo: ELMO.ELMo, classifier: Classifier | None
     brief = {"fp32": seconds / 8, "bf16": seconds / 8 * fast_bf16(device)}
     embed = {name: lambda texts=texts, name=name: sum(1 for _ in elmo.embed_stream(texts, name)) for name in squares}
     predict = (lambda: len(classifier.predict(texts, "auto"))) if classifier else None
-    for warm_up in (step, step, *(partial(t.step, 0) for t in grown.values()), *loops.values(), *squares.values(),
-                    partial(embed["fp32"], texts[:8])):
+    for warm_up in (step, step, *(partial(t.step, 0) for t in grown.values()), *loops.values(), common,
+                    *squares.values(), *(partial(call, texts[:8]) for call in embed.values()), predict or step):
         warm_up()
     def sizes() -> dict:
         found = steps_per_second(grown, numbers, seconds, plan["pairs"])
@@ -237,9 +237,11 @@ def processes(folder: Path) -> dict:
     out, torchrun = {}, [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     for name, launch in (("one", [sys.executable]), ("two", torchrun)):
         knobs = ["--width", "256", "--hidden", "256", "--validation", "200", "--epochs", "2", "--min-count", "1"]
-        subprocess.run([*launch, str(ROOT / "ELMO.py"), "--out", str(folder / name), *knobs], check=True,
-                       capture_output=True,
-                       env=os.environ | {"AG_NEWS_DIR": str(folder / "corpus"), "OMP_NUM_THREADS": "1"})
+        run = subprocess.run([*launch, str(ROOT / "ELMO.py"), "--out", str(folder / name), *knobs], check=False,
+                             env=os.environ | {"AG_NEWS_DIR": str(folder / "corpus"), "OMP_NUM_THREADS": "1",
+                                               "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
+        if run.returncode:
+            raise InputError(f"ELMO.py in {name} process(es) failed: {' '.join(run.stderr.split())[-300:]}")
         out[name] = json.loads((folder / name / "pretraining.json").read_text())["tokens_per_second"]
         print(f"{name} process(es): {out[name]:,.0f} tokens/s", flush=True)
     return out
@@ -351,13 +353,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if out.is_dir():
         raise InputError(f"--out {out} is a folder; name a file")
     config, plan = ELMO.Config(**given), PLANS[quick] | ({} if seconds is None else {"seconds": seconds})
+    command = " ".join(["python", "report/bench.py", *argv])
     result = bench(config, plan, quick)
     print(table(result["repeats"]))
     if goal:
         device = torch.device(default_device())
-        result["to_perplexity"] = to_perplexity(config, Data.of_ag_news(config, ELMO.CACHE), device, goal, most)
+        result["to_perplexity"] = {"command": command} | to_perplexity(
+            config, Data.of_ag_news(config, ELMO.CACHE), device, goal, most)
     write_json(out, merged(result | {
-        "command": " ".join(["python", "report/bench.py", *argv]), "quick": quick, "config": asdict(config),
+        "command": command, "quick": quick, "config": asdict(config),
         "versions": versions(), "peak_memory_gb": peak_memory_gb(), "seconds": time.perf_counter() - begin}, out))
     print(f"{out}: after {time.perf_counter() - begin:,.0f} seconds")
     return 0

@@ -6,9 +6,10 @@
 Every script runs on the built-in corpus as a user runs it, in a folder of its own that is deleted afterwards.
 Schema of faults.json: for each of the parts below {tried, survived} and what is counted besides; failures [what did
 not survive, in words]; seed (of all that is drawn), command, machine, versions, seconds.
-    kills: a script gets SIGKILL, SIGTERM or SIGINT at a random moment and is resumed until it ends; survived where
-        the weights of that end are those of an undisturbed run, bit for bit. by_signal; after_the_end: signals that
-        came too late, not counted in tried
+    kills: a script gets SIGKILL, SIGTERM or SIGINT at a random moment, three in four times after it has begun to train,
+        and is resumed until it ends; survived where the weights of that end are those of an undisturbed run, bit for
+        bit, no saved state was of an earlier step than the one before it, and what began to train said no traceback.
+        by_signal; with_state: those that left a state beyond step 0; after_the_end: came too late, not in tried
     damaged_files: a checkpoint cut short, or with bytes flipped, at a random place; survived where it is refused in
         one sentence, or what is loaded equals the undamaged one. refused
     bad_inputs: CSV, TOML, JSON and .pt files that are wrong by construction, drawn by hypothesis; survived where the
@@ -65,7 +66,7 @@ FILES = {"ELMO.py": "bilstm.pt", "classification.py": "classifier.pt"}
 MODULES = {"ELMO.py": ELMO, "classification.py": classification}
 
 
-class Bench:
+class TestBed:
     """The folder of all runs: a corpus, an undisturbed run of each script, and how its result is told."""
 
     def __init__(self, folder: Path, seed: int):
@@ -119,27 +120,30 @@ def log_of(out: Path) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------ kills
-def kills(bench: Bench, number: int) -> dict:
+def kills(bed: TestBed, number: int) -> dict:
     """Both scripts side by side, each interrupted `number` / 2 times."""
     with ThreadPoolExecutor(2) as pool:
-        parts = list(pool.map(partial(interrupted, bench), FILES, [number // 2] * 2, [1, 2]))
-    return {"tried": sum(p["tried"] for p in parts), "survived": sum(p["survived"] for p in parts),
-            "after_the_end": sum(p["after_the_end"] for p in parts),
-            "by_signal": sum((p["by_signal"] for p in parts), Counter())}
+        parts = list(pool.map(partial(interrupted, bed), FILES, [number // 2] * 2, [1, 2]))
+    return {key: sum((part[key] for part in parts), type(parts[0][key])()) for key in parts[0]}
 
 
-def interrupted(bench: Bench, name: str, number: int, seed: int) -> dict:
+def interrupted(bed: TestBed, name: str, number: int, seed: int) -> dict:
     """One script: runs that are interrupted and resumed until each ends by itself."""
-    draw, found = random.Random(bench.seed + seed), {"tried": 0, "survived": 0, "after_the_end": 0}
+    draw, found = random.Random(bed.seed + seed), {"tried": 0, "survived": 0, "with_state": 0, "after_the_end": 0}
     signals, run = Counter(), 0
     while found["tried"] < number:
-        out, hits = bench.folder / f"kills-{seed}-{run}", 0
+        out, hits, step, wrong = bed.folder / f"kills-{seed}-{run}", 0, 0, ""
         run += 1
         while True:
-            process = bench.run(name, out, "--resume")
-            kind = draw.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
+            process, said = bed.run(name, out, "--resume"), len(log_of(out))
+            if found["tried"] + hits >= number:
+                process.wait()
+                break
+            kind, begun = draw.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGINT)), draw.random() < 0.75
+            if begun:
+                wait_for_state(process, out)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(draw.uniform(0, 1.2 * bench.seconds[name]) if found["tried"] + hits < number else None)
+                process.wait(draw.uniform(0, bed.seconds[name] * (0.3 if begun else 1.2)))
                 break                                   # by itself
             process.send_signal(kind)
             if process.wait() == 0:
@@ -147,21 +151,43 @@ def interrupted(bench: Bench, name: str, number: int, seed: int) -> dict:
                 break
             hits += 1
             signals[kind.name] += 1
+            found["with_state"] += (now := saved_step(out)) > 0
+            if (states(out) and now < step) or (begun and "Traceback" in log_of(out)[said:]):
+                wrong = f"state of step {now} after one of step {step}, {log_of(out)[said:][-300:]!r}"
+            step = now
         found["tried"] += hits
-        if process.returncode == 0 and bench.right(name, out):
+        if process.returncode == 0 and bed.right(name, out) and not wrong:
             found["survived"] += hits
         else:
-            bench.fail(f"{name} after {hits} signals: exit status {process.returncode}, {log_of(out)[-300:]!r}")
+            bed.fail(f"{name} after {hits} signals: {process.returncode}, {wrong or log_of(out)[-300:]!r}")
         shutil.rmtree(out)
     return found | {"by_signal": signals}
 
 
+def states(out: Path) -> dict[Path, int]:
+    """When each resume state in a folder was last written, in nanoseconds."""
+    return {path: path.stat().st_mtime_ns for path in sorted(out.glob("*.resume.pt"))} if out.exists() else {}
+
+
+def wait_for_state(process: subprocess.Popen, out: Path) -> None:
+    """Until the process has written a state, or has ended."""
+    before = states(out)
+    while process.poll() is None and states(out) == before:
+        time.sleep(0.002)
+
+
+def saved_step(out: Path) -> int:
+    """The step before which the folder's state stands; 0 without one."""
+    content = [torch.load(path, weights_only=True)["state"].numpy() for path in states(out)]
+    return sum(torch.load(io.BytesIO(state), weights_only=True)["run"]["step"] for state in content)
+
+
 # --------------------------------------------------------------------------------------------------- damage
-def damaged_files(bench: Bench, number: int) -> dict:
+def damaged_files(bed: TestBed, number: int) -> dict:
     """Checkpoints of three kinds, cut short or with bytes flipped."""
-    whole, trials, found = bench.folder / "whole", bench.folder / "damage", Counter()
+    whole, trials, found = bed.folder / "whole", bed.folder / "damage", Counter()
     trials.mkdir()
-    state = stopped(bench, trials)
+    state = stopped(bed, trials)
     identity = torch.load(state, weights_only=True)["identity"]
     loads = {whole / "bilstm.pt": lambda file: ELMO.ELMo.load(file).model.state_dict(),
              whole / "classifier.pt": lambda file: classification.Classifier.load(
@@ -170,12 +196,12 @@ def damaged_files(bench: Bench, number: int) -> dict:
     for k in range(number):
         file = list(loads)[k % len(loads)]
         content = bytearray(file.read_bytes())
-        place = bench.random.randrange(len(content))
+        place = bed.random.randrange(len(content))
         if k % 4 == 0:
             del content[place:]
-        for _ in range(0 if k % 4 == 0 else bench.random.choice((1, 1, 2, 8))):
-            content[place] ^= bench.random.randrange(1, 256)
-            place = bench.random.randrange(len(content))
+        for _ in range(0 if k % 4 == 0 else bed.random.choice((1, 1, 2, 8))):
+            content[place] ^= bed.random.randrange(1, 256)
+            place = bed.random.randrange(len(content))
         (trials / "a.pt").write_bytes(content)
         try:
             good = same(loads[file](trials / "a.pt"), loads[file](file))
@@ -187,7 +213,7 @@ def damaged_files(bench: Bench, number: int) -> dict:
             print(f"{type(error).__name__}: {error}")
         found["survived"] += good
         if not good:
-            bench.fail(f"{file.name} with damage at byte {place} was loaded, or not refused in a sentence")
+            bed.fail(f"{file.name} with damage at byte {place} was loaded, or not refused in a sentence")
     return {"tried": number, "survived": found["survived"], "refused": found["refused"]}
 
 
@@ -199,13 +225,12 @@ def flat(state, name: str = "") -> dict[str, torch.Tensor]:
     return {name: state if isinstance(state, torch.Tensor) else torch.tensor(hash(str(state)))}
 
 
-def stopped(bench: Bench, folder: Path) -> Path:
+def stopped(bed: TestBed, folder: Path) -> Path:
     """The resume state of a run that was asked to stop half-way."""
     out = folder / "stopped"
     for _ in range(20):
-        process = bench.run("ELMO.py", out)
-        while process.poll() is None and not (out / "bilstm.resume.pt").exists():
-            time.sleep(0.01)
+        process = bed.run("ELMO.py", out)
+        wait_for_state(process, out)
         process.send_signal(signal.SIGTERM)
         if process.wait() == 130:
             return out / "bilstm.resume.pt"
@@ -268,21 +293,21 @@ BAD_PT = st.one_of(         # a tuple is the part of a right file that is replac
     st.tuples(st.sampled_from(["config", "words", "labels", "weights", "format"]), PLAIN))
 
 
-def bad_inputs(bench: Bench, number: int) -> dict:
+def bad_inputs(bed: TestBed, number: int) -> dict:
     """As many of each kind; a CSV for either part of AG News and either script, a .pt as biLM and as classifier."""
-    folder, by_kind = bench.folder / "inputs", {}
-    shutil.copytree(bench.folder / "corpus", folder / "corpus")
+    folder, by_kind = bed.folder / "inputs", {}
+    shutil.copytree(bed.folder / "corpus", folder / "corpus")
     kinds = {"csv": (BAD_CSV, wrong_csv), "toml": (BAD_TOML, wrong_toml), "json": (BAD_JSON, wrong_json),
              "pt": (BAD_PT, wrong_pt)}
     for kind, (strategy, give) in kinds.items():
         tried, survived = Counter(), 0
-        for value in drawn(strategy, number // len(kinds), bench.seed):
+        for value in drawn(strategy, number // len(kinds), bed.seed):
             name = list(FILES)[tried[kind] % 2]
             tried[kind] += 1
-            good = give(bench, folder, name, value, tried[kind])
+            good = give(bed, folder, name, value, tried[kind])
             survived += good
             if not good:
-                bench.fail(f"{kind} for {name}: {value!r:.200}")
+                bed.fail(f"{kind} for {name}: {value!r:.200}")
         by_kind[kind] = {"tried": tried[kind], "survived": survived}
     return {key: sum(part[key] for part in by_kind.values()) for key in ("tried", "survived")} | {"by_kind": by_kind}
 
@@ -307,7 +332,7 @@ def refused(main: Callable, argv: list[str], out: Path, said: str) -> bool:
     try:
         with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(printed):
             status = main(argv)
-    except BaseException as error:
+    except Exception as error:
         print(f"{type(error).__name__}: {error}")
         return False
     message = errors.getvalue()
@@ -318,25 +343,25 @@ def listing(folder: Path) -> list[tuple[str, int]]:
     return sorted((str(p), p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()) if folder.exists() else []
 
 
-def wrong_csv(bench: Bench, folder: Path, name: str, content: bytes, k: int) -> bool:
+def wrong_csv(bed: TestBed, folder: Path, name: str, content: bytes, k: int) -> bool:
     part = ("train.csv", "test.csv")[k // 2 % 2]
     right = (folder / "corpus" / part).read_bytes()
     (folder / "corpus" / part).write_bytes(content)
     os.environ["AG_NEWS_DIR"] = str(folder / "corpus")
     try:
-        return refused(MODULES[name].main, bench.argv(name, folder / "out"), folder / "out", part)
+        return refused(MODULES[name].main, bed.argv(name, folder / "out"), folder / "out", part)
     finally:
         (folder / "corpus" / part).write_bytes(right)
-        os.environ["AG_NEWS_DIR"] = str(bench.folder / "corpus")
+        os.environ["AG_NEWS_DIR"] = str(bed.folder / "corpus")
 
 
-def wrong_toml(bench: Bench, folder: Path, name: str, content: bytes, k: int) -> bool:
+def wrong_toml(bed: TestBed, folder: Path, name: str, content: bytes, k: int) -> bool:
     (folder / "a.toml").write_bytes(content)
     return refused(MODULES[name].main, ["--out", str(folder / "out"), "--config", str(folder / "a.toml")],
                    folder / "out", "")
 
 
-def wrong_json(bench: Bench, folder: Path, name: str, content: bytes, k: int) -> bool:
+def wrong_json(bed: TestBed, folder: Path, name: str, content: bytes, k: int) -> bool:
     (folder / "numbers").mkdir(exist_ok=True)
     for file in (folder / "numbers").iterdir():
         file.unlink()
@@ -345,8 +370,8 @@ def wrong_json(bench: Bench, folder: Path, name: str, content: bytes, k: int) ->
     return refused(figures.main, [str(folder / "numbers")], folder / "numbers", file)
 
 
-def wrong_pt(bench: Bench, folder: Path, name: str, content: bytes | tuple, k: int) -> bool:
-    whole, file = bench.folder / "whole", folder / "a.pt"
+def wrong_pt(bed: TestBed, folder: Path, name: str, content: bytes | tuple, k: int) -> bool:
+    whole, file = bed.folder / "whole", folder / "a.pt"
     if isinstance(content, tuple):                      # a right file with one part replaced, and a right digest
         form = ELMO.FORMAT if name == "ELMO.py" else classification.FORMAT
         right = read_published(whole / FILES[name], form, set())
@@ -369,29 +394,29 @@ def wrong_pt(bench: Bench, folder: Path, name: str, content: bytes | tuple, k: i
 
 
 # ----------------------------------------------------------------------------------------- disk, second run, nan
-def side_by_side(trial: Callable, bench: Bench, number: int) -> dict:
-    """trial(bench, script, k, random numbers) -> what went wrong, or nothing, for k below `number`, two at a time."""
+def side_by_side(trial: Callable, bed: TestBed, number: int) -> dict:
+    """trial(bed, script, k, random numbers) -> what went wrong, or nothing, for k below `number`, two at a time."""
     def one(k: int) -> bool:
         name = list(FILES)[k % 2]
-        if wrong := trial(bench, name, k, random.Random(1000 * bench.seed + k)):
-            bench.fail(f"{trial.__name__} of {name}: {wrong}")
+        if wrong := trial(bed, name, k, random.Random(1000 * bed.seed + k)):
+            bed.fail(f"{trial.__name__} of {name}: {wrong}")
         return not wrong
     with ThreadPoolExecutor(2) as pool:
         return {"tried": number, "survived": sum(pool.map(one, range(number)))}
 
 
-def resumed(bench: Bench, name: str, out: Path) -> str:
+def resumed(bed: TestBed, name: str, out: Path) -> str:
     """Resumes a run; what is wrong with its end, or nothing."""
-    status = bench.run(name, out, "--resume").wait()
-    return "" if status == 0 and bench.right(name, out) else f"resumed, it ended with {status}: {log_of(out)[-300:]!r}"
+    status = bed.run(name, out, "--resume").wait()
+    return "" if status == 0 and bed.right(name, out) else f"resumed, it ended with {status}: {log_of(out)[-300:]!r}"
 
 
-def disk_full(bench: Bench, number: int) -> dict:
+def disk_full(bed: TestBed, number: int) -> dict:
     """Runs in a folder with room for a random part of what they write: a small tmpfs, or a limit on a file's size."""
-    tmpfs = mounted(bench.folder / "probe", 1 << 20)
+    tmpfs = mounted(bed.folder / "probe", 1 << 20)
     if tmpfs:
-        subprocess.run(["umount", bench.folder / "probe"], check=True)
-    return side_by_side(full_tmpfs if tmpfs else full_by_limit, bench, number) | {
+        subprocess.run(["umount", bed.folder / "probe"], check=True)
+    return side_by_side(full_tmpfs if tmpfs else full_by_limit, bed, number) | {
         "by": "tmpfs" if tmpfs else "limit on the size of a file"}
 
 
@@ -404,59 +429,67 @@ def mounted(folder: Path, size: int) -> bool:
     return False
 
 
-def room(bench: Bench, draw: random.Random) -> int:
-    """Bytes: a random part of what a run writes."""
-    need = sum(path.stat().st_size for path in (bench.folder / "whole").iterdir() if path.is_file())
-    return 4096 + int(draw.uniform(0.02, 0.5) * need)
+def rooms(bed: TestBed, draw: random.Random) -> Iterator[int]:
+    """Bytes: a random part of what a run writes, then less and less, until a run meets its limit."""
+    need = sum(path.stat().st_size for path in (bed.folder / "whole").iterdir() if path.is_file())
+    part = draw.uniform(0.02, 0.5)
+    return (8192 + int(part * need / 2**k) for k in range(8))
 
 
-def full_tmpfs(bench: Bench, name: str, k: int, draw: random.Random) -> str:
-    out = bench.folder / f"full-{k}"
-    if not mounted(out, room(bench, draw)):
-        return "no file system could be mounted"
-    try:
-        status = bench.run(name, out, "--resume").wait()
-        wrong = not_refused(out, status)
-        subprocess.run(["mount", "-o", "remount,size=100m", out], check=True)
-        return wrong or resumed(bench, name, out)
-    finally:
-        subprocess.run(["umount", out], check=True)
+def full_tmpfs(bed: TestBed, name: str, k: int, draw: random.Random) -> str:
+    for size in rooms(bed, draw):
+        out = bed.folder / f"full-{k}-{size}"
+        if not mounted(out, size):
+            return "no file system could be mounted"
+        try:
+            status = bed.run(name, out, "--resume").wait()
+            if status:
+                wrong = not_refused(out, status)
+                subprocess.run(["mount", "-o", "remount,size=100m", out], check=True)
+                return wrong or resumed(bed, name, out)
+        finally:
+            subprocess.run(["umount", out], check=True)
+    return "no room was too small"
 
 
-def full_by_limit(bench: Bench, name: str, k: int, draw: random.Random) -> str:
-    out, most = bench.folder / f"full-{k}", room(bench, draw) // 8
-    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (most, most))
-    status = bench.run(name, out, "--resume", before=limit).wait()
-    return not_refused(out, status) or resumed(bench, name, out)
+def full_by_limit(bed: TestBed, name: str, k: int, draw: random.Random) -> str:
+    for size in rooms(bed, draw):
+        out = bed.folder / f"full-{k}-{size}"
+        limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
+        status = bed.run(name, out, "--resume", before=limit).wait()
+        if status:
+            return not_refused(out, status) or resumed(bed, name, out)
+    return "no limit was too low"
 
 
 def not_refused(out: Path, status: int) -> str:
-    """What is wrong with how a run met its full disk, or nothing; with room enough it may have ended well."""
+    """What is wrong with how a run met its full disk, or nothing."""
     said = log_of(out)
     left = [path.name for path in out.iterdir() if path.name.endswith(".part")] if out.exists() else []
-    good = status == 0 or (status == 2 and "Traceback" not in said and "cannot be written" in said)
-    return "" if good and not left else f"exit status {status}, left {left}, said {said[-300:]!r}"
+    good = status == 2 and "Traceback" not in said and "cannot be written" in said and not left
+    return "" if good else f"exit status {status}, left {left}, said {said[-300:]!r}"
 
 
-def two_runs(bench: Bench, number: int) -> dict:
+def two_runs(bed: TestBed, number: int) -> dict:
     """A second run is started while the first, half-way, is held."""
-    return side_by_side(second_run, bench, number)
+    return side_by_side(second_run, bed, number)
 
 
-def second_run(bench: Bench, name: str, k: int, draw: random.Random) -> str:
-    out = bench.folder / f"two-{k}"
-    first = bench.run(name, out)
-    while first.poll() is None and not (out.exists() and list(out.glob("*.resume.pt"))):
-        time.sleep(0.002)
+def second_run(bed: TestBed, name: str, k: int, draw: random.Random) -> str:
+    out = bed.folder / f"two-{k}"
+    first = bed.run(name, out)
+    wait_for_state(first, out)
     first.send_signal(signal.SIGSTOP)
-    other, more = draw.choice(list(FILES)), draw.choice(([], ["--resume"]))
-    second = subprocess.run([sys.executable, str(ROOT / other), *bench.argv(other, out, *more)],
-                            capture_output=True, text=True, check=False)
-    first.send_signal(signal.SIGCONT)
+    try:
+        other, more = draw.choice(list(FILES)), draw.choice(([], ["--resume"]))
+        second = subprocess.run([sys.executable, str(ROOT / other), *bed.argv(other, out, *more)],
+                                capture_output=True, text=True, check=False)
+    finally:
+        first.send_signal(signal.SIGCONT)
     status = first.wait()
     if second.returncode != 2 or "another run is writing" not in second.stderr or "Traceback" in second.stderr:
         return f"{other} beside it ended with {second.returncode}: {second.stderr[-300:]!r}"
-    return "" if status == 0 and bench.right(name, out) else f"it ended with {status}: {log_of(out)[-300:]!r}"
+    return "" if status == 0 and bed.right(name, out) else f"it ended with {status}: {log_of(out)[-300:]!r}"
 
 
 class Evil:
@@ -468,25 +501,25 @@ class Evil:
         return os.mkdir, (self.path,)
 
 
-def code(bench: Bench, number: int) -> dict:
+def code(bed: TestBed, number: int) -> dict:
     """A command hidden in every place of a checkpoint in turn, in either format of torch.save."""
-    whole, target, survived = bench.folder / "whole", bench.folder / "was-run", 0
+    whole, target, survived = bed.folder / "whole", bed.folder / "was-run", 0
     places = [("bilstm.pt", key) for key in ("config", "words", "weights", "digest", None)]
     places += [("classifier.pt", key) for key in ("config", "members", "weights", "labels", None)]
     for k in range(number):
         name, key = places[k % len(places)]
         content = torch.load(whole / name, weights_only=True)
         content = Evil(target) if key is None else content | {key: Evil(target)}
-        torch.save(content, bench.folder / "evil.pt", _use_new_zipfile_serialization=k // len(places) % 2 == 0)
+        torch.save(content, bed.folder / "evil.pt", _use_new_zipfile_serialization=k // len(places) % 2 == 0)
         load = ELMO.ELMo.load if name == "bilstm.pt" else classification.Classifier.load
         try:
-            load(bench.folder / "evil.pt")
+            load(bed.folder / "evil.pt")
             good = False
         except InputError as error:
             good = "\n" not in str(error) and not target.exists()
         survived += good
         if not good:
-            bench.fail(f"{name} with code in {key} was opened")
+            bed.fail(f"{name} with code in {key} was opened")
     return {"tried": number, "survived": survived}
 
 
@@ -503,28 +536,31 @@ sys.exit(script.main(sys.argv[1:]))"""
 CALLS = {"ELMO.py": "script.SampledSoftmax.apply", "classification.py": "script.F.cross_entropy"}
 
 
-def nan(bench: Bench, number: int) -> dict:
+def nan(bed: TestBed, number: int) -> dict:
     """The loss of one step is replaced by nan; the rest is the script."""
-    return side_by_side(poisoned, bench, number)
+    return side_by_side(poisoned, bed, number)
 
 
-def poisoned(bench: Bench, name: str, k: int, draw: random.Random) -> str:
-    out, step = bench.folder / f"nan-{k}", draw.randrange(30)
+def poisoned(bed: TestBed, name: str, k: int, draw: random.Random) -> str:
+    out, step = bed.folder / f"nan-{k}", draw.randrange(30)
     program = POISON.format(root=str(ROOT), name=name, module=name.removesuffix(".py"), step=step, call=CALLS[name])
-    run = subprocess.run([sys.executable, "-c", program, *bench.argv(name, out)], capture_output=True, text=True,
-                         env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
+    argv = bed.argv(name, out, "--save-every", "1000")          # so that only its end can have saved a state
+    run = subprocess.run([sys.executable, "-c", program, *argv], capture_output=True, text=True, check=False,
+                         env=os.environ | {"OMP_NUM_THREADS": "1"})
     if run.returncode != 2 or f"not finite at step {step};" not in run.stderr or "Traceback" in run.stderr:
         return f"nan at step {step}: exit status {run.returncode}, {run.stderr[-300:]!r}"
-    return resumed(bench, name, out)
+    if saved_step(out) != step:
+        return f"nan at step {step}: the state kept is that of step {saved_step(out)}"
+    return resumed(bed, name, out)
 
 
 PARTS = {kills: 100, damaged_files: 200, bad_inputs: 300, disk_full: 12, two_runs: 8, code: 20, nan: 12}
 
 
-def parts(bench: Bench, share: float) -> Iterator[tuple[str, dict]]:
+def parts(bed: TestBed, share: float) -> Iterator[tuple[str, dict]]:
     for part, number in PARTS.items():
         begin = time.perf_counter()
-        found = part(bench, max(4, round(number * share)))
+        found = part(bed, max(4, round(number * share)))
         print(f"{part.__name__}: {found} after {time.perf_counter() - begin:.0f} seconds", flush=True)
         yield part.__name__, found
 
@@ -539,13 +575,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "models" / "faults.json", help="default models/faults.json")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), options.seed)
-        result = dict(parts(bench, 0.1 if options.quick else 1.0))
+        bed = TestBed(Path(folder), options.seed)
+        result = dict(parts(bed, 0.1 if options.quick else 1.0))
     write_json(options.out, result | {
-        "failures": bench.failures, "seed": options.seed, "command": " ".join(["python", "report/faults.py", *argv]),
+        "failures": bed.failures, "seed": options.seed, "command": " ".join(["python", "report/faults.py", *argv]),
         "machine": machine(torch.device("cpu")), "versions": versions(), "seconds": time.perf_counter() - begin})
-    print(f"{options.out}: {len(bench.failures)} failures, {time.perf_counter() - begin:,.0f} seconds")
-    return 1 if bench.failures else 0
+    print(f"{options.out}: {len(bed.failures)} failures, {time.perf_counter() - begin:,.0f} seconds")
+    return 1 if bed.failures else 0
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ class PlainLM(nn.Module):
         self.config, P = config, config.output
         self.table = nn.Embedding(size, P)
         self.bias = nn.Parameter(torch.zeros(size))
-        nn.init.normal_(self.table.weight, std=ELMO.BiLM.STD)
+        nn.init.normal_(self.table.weight, std=ELMO.BiLM.STD)       # and PlainLoop starts the bias as ELMO.py does
         more = {"proj_size": P} if config.hidden > P else {}
         self.layers = nn.ModuleList(nn.LSTM(P, config.hidden, **more) for _ in range(4))
 
@@ -95,7 +95,8 @@ class PlainLoop:
     def __init__(self, config: ELMO.Config, data: Data, dtype: torch.dtype, device: torch.device):
         torch.manual_seed(config.seed)
         self.config, self.data, self.dtype, self.device = config, data, dtype, device
-        self.model = PlainLM(config, len(data.words)).to(device)
+        self.model, counts = PlainLM(config, len(data.words)).to(device), data.counts()
+        self.model.bias.data.copy_(torch.from_numpy(np.log(np.maximum(counts, 0.5) / counts.sum())))
         self.adamw = torch.optim.AdamW(self.model.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
         self.lengths, self.rows = np.diff(data.encoded.tokens.offsets)[data.train], self.epochs()
 

@@ -6,7 +6,7 @@ Schema of pretraining.json:
     test} (share of <unk>), history [{step, epoch, seconds, train_perplexity, validation_perplexity [fw, bw]}]
     splits.{train, validation, test}: rows, tokens (predicted, end symbols in), unigram_perplexity, and for forward and
         backward: nats (per token), perplexity, bits_per_token, accuracy, top5_accuracy, macro_precision, macro_recall,
-        macro_f1 (over the words that occur as gold), kneser_ney_perplexity (order 4); n-grams up to 20 million tokens
+        macro_f1 (over the words that occur as gold), kneser_ney_perplexity (order 4); n-grams up to 5 million tokens
     splits.{validation, test}.fresh: the same for the rows that are no near copies (data/prepare.py: fresh_rows)
     confusion: {words, counts} forward model on test rows: rows gold, columns predicted, the last one every other word
 `train` is 4,000 training rows chosen by the seed. Every number is that of the weights in the file, half precision.
@@ -28,7 +28,7 @@ from report import figures, ngram
 DIRECTIONS = ("forward", "backward")
 SAMPLE = 4000       # training rows that are measured
 FREQUENT = 25       # words of the confusion matrix
-MOST = 20_000_000   # tokens of a corpus whose n-grams are counted, in memory
+MOST = 5_000_000    # tokens of a corpus whose n-grams are counted, in memory
 
 
 def word_metrics(gold: np.ndarray, best: np.ndarray, rank: np.ndarray) -> dict:

@@ -65,7 +65,7 @@ def bench(r: dict) -> str:
                  ("memory of these two, GB", f"{last['peak_memory_gb']:.2f}, {first['peak_memory_gb']:.2f}"),
                  ("two processes of one thread over one", f"{r['processes']['two'] / r['processes']['one']:.2f}")]
     bf16 = "with" if r["machine"]["bf16_hardware"] else "without"
-    lines = ["| what | median of three |", "|---|--:|", *(f"| {what} | {value} |" for what, value in rows), ""]
+    lines = ["| what | measured |", "|---|--:|", *(f"| {what} | {value} |" for what, value in rows), ""]
     if "to_perplexity" in r:
         lines += to_perplexity(r["to_perplexity"])
     lines.append(f"Made by `{r['command']}` on {r['machine']['cores']} cores ({r['machine']['device']}, {bf16} bf16 "
@@ -81,7 +81,7 @@ def to_perplexity(r: dict) -> list[str]:
     for name, minutes in r["minutes"].items():
         missed = f"not in {r['most_minutes']:g} ({r['ended'][name]:.0f} then)"
         lines.append(f"| {names[name]} | {missed if minutes is None else format(minutes, '.1f')} |")
-    return [*lines, ""]
+    return [*lines, "", f"Made by `{r['command']}`.", ""]
 
 
 def faults(r: dict) -> str:
