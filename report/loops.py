@@ -92,12 +92,12 @@ class PlainLM(nn.Module):
 class PlainLoop:
     """A tuned loop without anything of ELMO.py's: autocast for bf16, batches of about equal length, full softmax."""
 
-    def __init__(self, config: ELMO.Config, data: Data, dtype: torch.dtype, device: torch.device):
+    def __init__(self, config: ELMO.Config, data: Data, dtype: torch.dtype, device: torch.device, lr: float = 1e-3):
         torch.manual_seed(config.seed)
         self.config, self.data, self.dtype, self.device = config, data, dtype, device
         self.model, counts = PlainLM(config, len(data.words)).to(device), data.counts()
         self.model.bias.data.copy_(torch.from_numpy(np.log(np.maximum(counts, 0.5) / counts.sum())))
-        self.adamw = torch.optim.AdamW(self.model.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
+        self.adamw = torch.optim.AdamW(self.model.parameters(), lr=lr, weight_decay=0.0, fused=True)
         self.lengths, self.rows = np.diff(data.encoded.tokens.offsets)[data.train], self.epochs()
 
     def epochs(self) -> Iterator[np.ndarray]:

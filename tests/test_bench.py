@@ -60,7 +60,7 @@ def test_both_other_loops_learn_and_count_their_targets(monkeypatch):
     monkeypatch.setattr(loops, "COMMON_WIDTH", 40)
     own = trainer()
     everything = 2 * int((np.diff(own.data.encoded.tokens.offsets)[own.data.train] + 1).sum())
-    plain = loops.PlainLoop(own.config, own.data, torch.float32, CPU)
+    plain = loops.PlainLoop(own.config, own.data, torch.float32, CPU, lr=0.02)
     before = loops.perplexity(plain, own.data.validation)
     assert sum(plain() for _ in range(own.per_epoch)) == everything
     for _ in range(3 * own.per_epoch):
