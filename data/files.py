@@ -118,6 +118,17 @@ def fitting(path: str | Path) -> Iterator[None]:
         raise InputError(f"{path} does not fit together: {one_line(error)}") from None
 
 
+@contextmanager
+def written_json(path: str | Path) -> Iterator[dict]:
+    """The numbers in a JSON file of the scripts; what Python raises while they are used becomes one sentence."""
+    try:
+        yield json.loads(read_text(path))
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise InputError(f"{path} is not what the scripts write ({error!r}); run them again") from None
+
+
 def one_line(error: Exception) -> str:
     """What an exception says, on one line."""
     return " ".join(str(error).split())[:200]

@@ -93,13 +93,13 @@ def product(dtype: torch.dtype, device: torch.device) -> Callable[[], float]:
     return call
 
 
-def interleaved(measures: Sequence[Callable[[], dict]], repeats: int = REPEATS) -> list[dict]:
+def interleaved(measures: Sequence[Callable[[], dict]]) -> list[dict]:
     """The numbers of every repeat; each measure has its turn in each of them, so that drift meets all alike."""
-    found = [{} for _ in range(repeats)]
+    found = [{} for _ in range(REPEATS)]
     for i, repeat in enumerate(found, start=1):
         for measure in measures:
             repeat |= (new := measure())
-            print(f"repeat {i} of {repeats}: " + ", ".join(f"{k} {v:,.4g}" for k, v in new.items()), flush=True)
+            print(f"repeat {i} of {REPEATS}: " + ", ".join(f"{k} {v:,.4g}" for k, v in new.items()), flush=True)
     return found
 
 
@@ -202,6 +202,14 @@ def widths(config: ELMO.Config, data: Data, device: torch.device, peak: float, s
     return out
 
 
+def output_of(command: list, **environment: str) -> str:
+    """What a command in a process of its own prints; InputError with the end of its errors where it fails."""
+    run = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise InputError(f"a process of the bench failed: {' '.join(run.stderr.split())[-300:]}")
+    return run.stdout
+
+
 PREPARE_AND_TRAIN = """import sys, time
 from pathlib import Path
 import torch, ELMO
@@ -222,10 +230,9 @@ def scaling(folder: Path) -> list[dict]:
         sample.write(folder / str(rows), rows, seed=0, test_rows=100)
     for repeat in range(REPEATS):
         for rows in ROWS:
-            run = subprocess.run([sys.executable, "-c", PREPARE_AND_TRAIN, folder / f"cache-{rows}-{repeat}"], cwd=ROOT,
-                                 env=os.environ | {"AG_NEWS_DIR": str(folder / str(rows))}, capture_output=True,
-                                 text=True, check=True)
-            found[rows].append([float(number) for number in run.stdout.split()])
+            command = [sys.executable, "-c", PREPARE_AND_TRAIN, folder / f"cache-{rows}-{repeat}"]
+            printed = output_of(command, AG_NEWS_DIR=str(folder / str(rows)))
+            found[rows].append([float(number) for number in printed.split()])
             print(f"{rows:,} rows: {found[rows][-1][0]:.1f} seconds, {found[rows][-1][1]:.2f} GB", flush=True)
     medians = {rows: [median(values) for values in zip(*runs, strict=True)] for rows, runs in found.items()}
     return [{"rows": rows, "seconds": seconds, "peak_memory_gb": memory} for rows, (seconds, memory) in medians.items()]
@@ -237,11 +244,8 @@ def processes(folder: Path) -> dict:
     out, torchrun = {}, [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     for name, launch in (("one", [sys.executable]), ("two", torchrun)):
         knobs = ["--width", "256", "--hidden", "256", "--validation", "200", "--epochs", "2", "--min-count", "1"]
-        run = subprocess.run([*launch, str(ROOT / "ELMO.py"), "--out", str(folder / name), *knobs], check=False,
-                             env=os.environ | {"AG_NEWS_DIR": str(folder / "corpus"), "OMP_NUM_THREADS": "1",
-                                               "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
-        if run.returncode:
-            raise InputError(f"ELMO.py in {name} process(es) failed: {' '.join(run.stderr.split())[-300:]}")
+        output_of([*launch, str(ROOT / "ELMO.py"), *knobs, "--out", str(folder / name)], OMP_NUM_THREADS="1",
+                  AG_NEWS_DIR=str(folder / "corpus"), CUDA_VISIBLE_DEVICES="")
         out[name] = json.loads((folder / name / "pretraining.json").read_text())["tokens_per_second"]
         print(f"{name} process(es): {out[name]:,.0f} tokens/s", flush=True)
     return out

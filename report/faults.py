@@ -79,7 +79,7 @@ class TestBed:
             end = self.run(name, folder / "whole", "--resume").wait()
             self.seconds[name] = time.perf_counter() - begin
             if end:
-                raise InputError(f"{name} failed undisturbed; see {folder / 'whole' / 'log'}")
+                raise InputError(f"{name} failed undisturbed: {' '.join(log_of(folder / 'whole').split())[-300:]}")
         self.whole = {name: weights(folder / "whole" / file) for name, file in FILES.items()}
 
     def argv(self, name: str, out: Path, *more: str) -> list[str]:
@@ -531,8 +531,6 @@ def poisoned(*args, call={call}, **kwargs):
     return call(*args, **kwargs) * (float("nan") if calls[0] == step + 1 else 1)
 {call} = poisoned
 sys.exit(script.main(sys.argv[1:]))"""
-
-
 CALLS = {"ELMO.py": "script.SampledSoftmax.apply", "classification.py": "script.F.cross_entropy"}
 
 

@@ -3,7 +3,6 @@
 `python report/figures.py [DIR]` draws those of DIR (default models/) again from the JSON there.
 """
 import io
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # run as `python report/figures.py`
 
-from data.files import InputError, read_text, write_atomically
+from data.files import write_atomically, written_json
 from data.knobs import script
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"      # Okabe and Ito 2008
@@ -153,16 +152,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     folder = Path(argv[0]) if argv else Path(__file__).resolve().parent.parent / "models"
     for path in sorted(folder.glob("*.json")) or [folder / "pretraining.json"]:
-        try:
-            result = json.loads(read_text(path))
+        with written_json(path) as result:
             if path.stem == "pretraining":
                 pretraining(result, folder)
             elif path.stem == "classification" or "settings" in result:      # bench.json, say, has no figure
                 classification(result, folder, path.stem.replace("classification", ""))
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{path} is not what the scripts write ({error!r}); run them again") from None
     print(f"drew the figures of {folder}")
     return 0
 

@@ -90,7 +90,7 @@ class PlainLM(nn.Module):
 
 
 class PlainLoop:
-    """A tuned loop without anything of ELMO.py's: autocast for bf16, batches of about equal length, full softmax."""
+    """A loop without anything of ELMO.py's: autocast for bf16, batches of about equal length, full softmax."""
 
     def __init__(self, config: ELMO.Config, data: Data, dtype: torch.dtype, device: torch.device, lr: float = 1e-3):
         torch.manual_seed(config.seed)

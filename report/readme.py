@@ -2,7 +2,6 @@
 
 `python report/readme.py` rewrites README.md; a test holds it to the JSON.
 """
-import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -10,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # run as `python report/readme.py`
 
-from data.files import InputError, read_text, write_atomically
+from data.files import read_text, write_atomically, written_json
 from data.knobs import script
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,7 +46,7 @@ def bench(r: dict) -> str:
     rows += [(f"times {what}", f"{r[key]:.1f}") for what, key in (
         ("the common loop, padded to the corpus's longest row", "times_common_loop"),
         ("the common loop, padded per batch", "times_common_loop_batch_padded"),
-        ("a tuned plain PyTorch loop of the same model, full softmax, fp32", "times_plain_fp32"),
+        ("a plain PyTorch loop of the same model, full softmax, fp32", "times_plain_fp32"),
         ("the same in bf16", "times_plain_bf16")) if key in r]
     rows += [(f"share of {peak}", f"{r['share_of_peak']:.0%}"),
              ("share of a step's time that its matrix products take alone", f"{r['share_of_products']:.0%}")]
@@ -185,12 +184,8 @@ def filled(readme: str, folder: Path) -> str:
     for name, write in BLOCKS.items():
         path = folder / f"{name}.json"
         if path.exists():
-            try:
-                block = f"<!-- {path.name} -->\n{write(json.loads(read_text(path)))}\n<!-- end -->"
-            except (ValueError, KeyError, TypeError, IndexError) as error:
-                if isinstance(error, InputError):
-                    raise
-                raise InputError(f"{path} is not what the scripts write ({error!r}); run them again") from None
+            with written_json(path) as numbers:
+                block = f"<!-- {path.name} -->\n{write(numbers)}\n<!-- end -->"
             old = re.compile(f"<!-- {re.escape(path.name)} -->.*?<!-- end -->", re.DOTALL)
             readme = old.sub(lambda _, block=block: block, readme)
     return readme
