@@ -72,6 +72,7 @@ class Config:
     report_every: int = knob(0, "epochs between detailed metrics on validation rows; 0: only at the end")
     log_every: int = knob(100, "steps between log lines", least=1)
     save_every: float = knob(300.0, "seconds between resume states")
+    track: str = knob("none", "curves to a tracker too, in --out", ("none", "tensorboard", "wandb"))
 
     def __post_init__(self):
         check_knobs(self)
@@ -525,8 +526,8 @@ class Trainer:
 
     def identity(self) -> dict:
         """What a resumed run must share with the run that it continues."""
-        knobs = asdict(self.config) | {"report_every": 0, "log_every": 0, "save_every": 0}  # no weight depends on these
-        return knobs | {"training rows": self.data.digest}
+        free = dict.fromkeys(("report_every", "log_every", "save_every", "track"))      # no weight depends on these
+        return asdict(self.config) | free | {"training rows": self.data.digest}
 
     def state(self) -> dict:
         """All that the next step depends on, beside the identity."""

@@ -80,6 +80,7 @@ class Config:
     evaluations: int = knob(2, "evaluations on the validation rows per pass", least=1)
     log_every: int = knob(100, "steps between log lines", least=1)
     save_every: float = knob(300.0, "seconds between resume states")
+    track: str = knob("none", "curves to a tracker too, in --out", ("none", "tensorboard", "wandb"))
 
     def __post_init__(self):
         check_knobs(self)
@@ -325,7 +326,7 @@ class Trainer:
 
     What is evaluated and kept is a moving average of the weights. Every random number comes from (seed, step).
     """
-    unit, rank = "rows", 0
+    unit, rank, head = "rows", 0, Head
 
     def __init__(self, config: Config, vectors: Vectors, parts: dict[str, Texts], classes: int, seeds: Sequence[int],
                  digest: str = ""):
@@ -333,7 +334,7 @@ class Trainer:
         self.digest = digest        # of the biLM, for `identity`
         self.device = vectors.model.table.device
         self.dtype = compute_dtype(config.precision, self.device)
-        self.live = nn.ModuleDict({setting: Head.of_seeds(
+        self.live = nn.ModuleDict({setting: self.head.of_seeds(
             self.seeds, config, setting, vectors.J, vectors.D, classes) for setting in config.settings})
         groups = [{"params": [p for head in self.live.values() for name, p in head.named_parameters()
                               if (name in ("mix.w", "mix.gamma")) == scalars and p.requires_grad],
@@ -427,7 +428,7 @@ class Trainer:
             tokens = part.encoded.tokens
             for array in (part.labels.numpy(), tokens.ids, tokens.offsets, part.encoded.lookup):
                 found.update(np.ascontiguousarray(array).data)
-        free = dict.fromkeys(("log_every", "save_every", "ngrams", "ensemble"), 0)      # no weight depends on these
+        free = dict.fromkeys(("log_every", "save_every", "track", "ngrams", "ensemble"))     # no weight needs these
         return asdict(self.config) | free | {"texts": found.hexdigest(), "biLM": self.digest, "seeds": self.seeds}
 
     def state(self) -> dict:

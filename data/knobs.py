@@ -9,6 +9,7 @@ from functools import wraps
 from pathlib import Path
 
 from data.files import InputError, read_text
+from data.track import check_tracker
 
 
 def knob(default, help: str, among: tuple = (), least: float = 0, most: float = math.inf):
@@ -73,7 +74,9 @@ def script_arguments(argv: Sequence[str] | None, config_class: type, name: str, 
     if other.out.exists() and not other.out.is_dir():
         raise InputError(f"--out {other.out} is a file; name a folder")
     from_file = read_toml(other.config, {f.name for f in fields(config_class)}) if other.config else {}
-    return config_class(**(from_file | given)), other
+    config = config_class(**(from_file | given))
+    check_tracker(config.track)
+    return config, other
 
 
 def script(name: str) -> Callable:

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from tqdm import tqdm
 
 from data.files import InputError, hold, one_line, read_resume, stop_request, write_atomically, write_resume
 from data.machine import keep_freed_memory, sum_over_processes
+from data.track import Tracker
 
 
 class Progress:
@@ -22,11 +24,12 @@ class Progress:
     Nothing is shown on other processes than the first. A log file gets a bar line a minute, a terminal ten a second.
     """
 
-    def __init__(self, steps: int, done: int, every: int, shown: bool, unit: str):
+    def __init__(self, steps: int, done: int, every: int, shown: bool, unit: str, tracker: Tracker):
         terminal = sys.stderr.isatty()
         self.bar = tqdm(total=steps, initial=done, unit="step", disable=not shown, smoothing=0.05,
                         mininterval=0.1 if terminal else 60, dynamic_ncols=terminal)
         self.every, self.steps, self.done, self.shown, self.unit = every, steps, done, shown, unit
+        self.tracker = tracker
         self.start()
 
     def start(self) -> None:
@@ -44,6 +47,7 @@ class Progress:
         self.bar.set_postfix_str(figures, refresh=False)
         self.bar.update()
         if self.done % self.every == 0:
+            self.tracker.log(self.done, {"training": {"nats": nats, f"{self.unit}_per_second": rate}})
             left = seconds / (self.done - self.begin) * (self.steps - self.done)
             self.write(f"step {self.done:,} of {self.steps:,}  epoch {self.done / per_epoch:.2f}  {figures}  "
                        f"{tqdm.format_interval(left)} left")
@@ -88,7 +92,9 @@ class Run:
 
     def __enter__(self) -> "Run":
         config, first = self.trainer.config, self.trainer.rank == 0
-        self.progress = Progress(self.trainer.steps, self.step, config.log_every, first, self.trainer.unit)
+        tracker = Tracker(config.track if first else "none", self.file.parent if self.file else Path(),
+                          self.file.name.removesuffix(".resume.pt") if self.file else "run", asdict(config), self.step)
+        self.progress = Progress(self.trainer.steps, self.step, config.log_every, first, self.trainer.unit, tracker)
         self.requests = ExitStack()
         self.request = self.requests.enter_context(stop_request())
         return self
@@ -100,6 +106,7 @@ class Run:
                 self.progress.write(f"{self.file} keeps the state before step {self.step:,}")
         self.requests.close()
         self.progress.bar.close()
+        self.progress.tracker.close()
 
     def load(self, state: dict) -> None:
         """Trainer and counters as `save` wrote them."""
@@ -135,6 +142,7 @@ class Run:
                              "seconds": round(self.seconds, 1)} | entry)
         self.loss, self.items = 0.0, 0
         self.progress.write(json.dumps(self.history[-1]))
+        self.progress.tracker.log(self.step, entry)
         self.progress.start()
         self.clock = time.perf_counter()
         self.save()

@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows["tfidf"], found["tfidf"] = tfidf(task)
     for kind in VECTORS:
         path, wanted = options.build / f"{kind}.json", replace(config, vectors=kind, setting="trainable")
-        free = {"log_every": config.log_every, "save_every": config.save_every}     # no number depends on these
+        free = ("log_every", "save_every", "track")      # no number depends on these
         knobs = {name: value for name, value in vars(wanted).items() if name not in free}
         if (result := read_run(path, elmo.digest, size, knobs)) is None:
             print(f"training the head on {kind}", flush=True)

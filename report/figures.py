@@ -146,6 +146,131 @@ def learning(result: dict):
     return figure
 
 
+# ------------------------------------------------------------------------------------------ report/findings.py
+def findings(result: dict, out: Path) -> None:
+    """OUT/finding_{name}.png of every finding of a findings.json that is a picture."""
+    for name, draw in FINDINGS.items():
+        if name in result:
+            save(draw(result[name]), out / f"finding_{name}.png")
+
+
+SYSTEMS = {"elmo": ("ELMo", BLUE, "o"), "word2vec": ("Word2Vec", ORANGE, "s"), "tfidf": ("TF-IDF, linear", GREEN, "^")}
+LAYER_NAMES = ("layer 0", "layer 1", "layer 2")
+
+
+def few_labels(r: dict):
+    """Test accuracy by share of the labels, mean over seeds with their range."""
+    figure, axes = new_figure(6.4, 4)
+    means = {name: [100 * np.mean(point["accuracy"]) for point in points] for name, points in r["systems"].items()}
+    for name, points in r["systems"].items():
+        title, colour, marker = SYSTEMS[name]
+        low, high = ([100 * f(point["accuracy"]) for point in points] for f in (min, max))
+        axes.plot(r["shares"], means[name], marker + "-", color=colour, label=title)
+        axes.fill_between(r["shares"], low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.set(xscale="log", xlabel="labelled training rows (% of them, log scale)", ylabel="accuracy on test rows (%)")
+    axes.set_xticks(r["shares"], [f"{share:g}\n({n:,})" for share, n in zip(r["shares"], r["rows"], strict=True)],
+                    fontsize=8)
+    axes.minorticks_off()
+    one, three = r["shares"].index(1.0), r["shares"].index(3.0)
+    axes.set_title(f"With 1 % of the labels ELMo is right on {means['elmo'][one]:.1f} %, Word2Vec with 3 % on "
+                   f"{means['word2vec'][three]:.1f} %\n(n = 7,600 test rows; band: range over seeds)", fontsize=10)
+    axes.legend(fontsize=8, frameon=False, loc="lower right")
+    return figure
+
+
+def sense_bars(r: dict):
+    """Share of uses whose nearest use is of their own class, by layer."""
+    figure, axes = new_figure(5.6, 3.8)
+    values, spread = 100 * np.array(r["layers"]), 100 * np.array(r["interval"])
+    bars = axes.bar(LAYER_NAMES, values, color=[GREY, BLUE, BLUE], width=0.6,
+                    yerr=np.abs(spread.T - values), capsize=4, ecolor="black")
+    axes.bar_label(bars, fmt="%.1f", label_type="center", color="white", fontsize=9)
+    axes.axhline(100 * r["majority"], color=ORANGE, linestyle="--", label="the word's most frequent class")
+    axes.set(ylabel="nearest use is of the same class (%)", ylim=(0, 100))
+    best = int(values.argmax())
+    axes.set_title(f"Layer {best} tells the uses of ambiguous nouns apart best: {values[best]:.1f} %\n"
+                   f"({len(r['words'])} words, n = {r['uses']:,} test uses; 95 % interval over words)", fontsize=10)
+    axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def layer_weights(r: dict):
+    """s_0, s_1 and s_2 of each task, mean over seeds, each seed as a dot."""
+    figure, axes = new_figure(6.8, 3.8)
+    tasks, colours = list(r["tasks"]), (GREY, BLUE, ORANGE)
+    for j in range(3):
+        at = np.arange(len(tasks)) + 0.27 * (j - 1)
+        axes.bar(at, [np.mean(run["s"], axis=0)[j] for run in r["tasks"].values()], 0.25, color=colours[j],
+                 label=LAYER_NAMES[j])
+        for x, run in zip(at, r["tasks"].values(), strict=True):
+            axes.plot([x] * len(run["s"]), [s[j] for s in run["s"]], ".", color="black", markersize=4)
+    axes.axhline(1 / 3, color="black", linewidth=0.8, linestyle=":")
+    axes.set_xticks(range(len(tasks)), [task.replace(", ", ",\n") for task in tasks], fontsize=8)
+    axes.set(ylabel="softmax-normalised layer weight s")
+    top = [task for task, run in r["tasks"].items() if np.mean(run["s"], axis=0).argmax() == 2]
+    axes.set_title(f"The top layer weighs most in {len(top)} of {len(tasks)} tasks\n"
+                   "(dots: seeds; dotted: equal weights)", fontsize=10)
+    axes.legend(fontsize=8, frameon=False, ncols=3)
+    return figure
+
+
+def similarity(r: dict):
+    """Cosine similarity of each two words of a sentence, a panel a layer."""
+    figure = Figure(figsize=(10.2, 4))
+    panels, layers = figure.subplots(1, 3, sharey=True), np.array(r["layers"])
+    for j, axes in enumerate(panels):
+        image = axes.imshow(layers[j], cmap="cividis", vmin=0, vmax=1)
+        axes.set_xticks(range(len(r["tokens"])), r["tokens"], rotation=90, fontsize=8)
+        axes.set_yticks(range(len(r["tokens"])), r["tokens"], fontsize=8)
+        axes.set_xlabel(LAYER_NAMES[j], fontsize=9)
+    word = max((t for t in r["tokens"] if r["tokens"].count(t) == 2 and t != "the"), key=len)
+    a, b = (i for i, token in enumerate(r["tokens"]) if token == word)
+    figure.suptitle(f"The two uses of “{word}” are the same vector in layer 0, and alike by {layers[1, a, b]:.2f} and "
+                    f"{layers[2, a, b]:.2f} above it", fontsize=10)
+    figure.colorbar(image, ax=panels, shrink=0.7, label="cosine similarity")
+    return figure
+
+
+def document_map(r: dict):
+    """Test rows in the plane, coloured by class."""
+    figure, axes = new_figure(6.2, 5)
+    points, gold = np.stack([r["x"], r["y"]], axis=1), np.array(r["labels"])
+    for c, (name, colour, marker) in enumerate(zip(("World", "Sports", "Business", "Sci/Tech"),
+                                                   (BLUE, ORANGE, GREEN, GREY), "o^sD", strict=True)):
+        axes.scatter(*points[gold == c].T, s=7, color=colour, marker=marker, label=name, alpha=0.6, linewidths=0)
+    gaps = np.square(points[:, None] - points[None]).sum(axis=2)
+    np.fill_diagonal(gaps, np.inf)
+    same = (gold[gaps.argmin(axis=1)] == gold).mean()
+    axes.set(xlabel="t-SNE, first axis (no unit)", ylabel="t-SNE, second axis (no unit)")
+    axes.set_title(f"Documents lie by class although no label was used: {same:.0%} have a neighbour of their own\n"
+                   f"(n = {r['rows']:,} test rows, mean vector over words and layers)", fontsize=10)
+    axes.legend(fontsize=8, frameon=False, markerscale=2)
+    return figure
+
+
+def leak_test(r: dict):
+    """Which states move when one word of a row becomes another."""
+    figure = Figure(figsize=(7, 4.4))
+    panels, shown = figure.subplots(2, 1, sharex=True), r["example"]
+    for axes, (name, colour) in zip(panels, (("forward", BLUE), ("backward", ORANGE)), strict=True):
+        for j, style in enumerate(("-", "--")):
+            axes.plot(shown[name][j], "o" + style, color=colour, markersize=4, label=f"{name}, layer {j + 1}")
+        axes.axvline(shown["changed_word"], color=GREY, linewidth=0.8, linestyle=":")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_ylabel("|change of the state|", fontsize=8)
+        axes.legend(fontsize=8, frameon=False)
+    panels[1].set_xticks(range(len(shown["tokens"])), shown["tokens"], rotation=60, ha="right", fontsize=8)
+    moved = r["moved_forward_before"] + r["moved_backward_after"]
+    figure.suptitle("A changed word moves no forward state before it and no backward one after it\n"
+                    f"(“{shown['new']}” at the dotted line; n = {r['rows']} test rows, {moved} with such a move)",
+                    fontsize=10)
+    return figure
+
+
+FINDINGS = {"leaks": leak_test, "heatmap": similarity, "map": document_map, "weights": layer_weights,
+            "senses": sense_bars, "labels": few_labels}
+
+
 @script("figures.py")
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, 2 where there is no JSON or one is not what the scripts write."""
@@ -155,6 +280,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with written_json(path) as result:
             if path.stem == "pretraining":
                 pretraining(result, folder)
+            elif path.stem == "findings":
+                findings(result, folder)
             elif path.stem == "classification" or "settings" in result:      # bench.json, say, has no figure
                 classification(result, folder, path.stem.replace("classification", ""))
     print(f"drew the figures of {folder}")

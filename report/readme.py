@@ -97,7 +97,7 @@ def faults(r: dict) -> str:
     return "\n".join([*lines, "", f"Made by `{r['command']}` in {r['seconds'] / 60:.0f} minutes."])
 
 
-def share(number: dict) -> str:
+def share_of(number: dict) -> str:
     """91.23 ± 0.10, in percent; without a deviation the mean alone."""
     deviation = number["deviation"]
     return f"{100 * number['mean']:.2f}" + ("" if deviation is None else f" ± {100 * deviation:.2f}")
@@ -120,9 +120,9 @@ def mix(n: dict) -> str:
 def accuracies(n: dict) -> dict[str, str]:
     """Cells of the accuracies on each part, of a setting or of what it is without n-grams."""
     test = n["test"]
-    cells = {"train": share(n["train"]["accuracy"]), "validation": share(n["validation"]["accuracy"]),
-             "test": share(test["accuracy"])}
-    cells |= {"test, fresh": share(test["fresh"]["accuracy"])} if "fresh" in test else {}
+    cells = {"train": share_of(n["train"]["accuracy"]), "validation": share_of(n["validation"]["accuracy"]),
+             "test": share_of(test["accuracy"])}
+    cells |= {"test, fresh": share_of(test["fresh"]["accuracy"])} if "fresh" in test else {}
     several = test["accuracy"]["deviation"] is not None
     return cells | ({"together": f"{100 * test['together']['accuracy']:.2f}"} if several else {})
 
@@ -162,8 +162,9 @@ def baselines(r: dict) -> str:
         against = [f"{100 * a['difference']:+.2f} ({100 * a['interval'][0]:+.2f} to {100 * a['interval'][1]:+.2f}), "
                    f"p = {a['p']:.1g}" if a else "" for a in (n["against"].get(key) for key in ("word2vec", "tfidf"))]
         lines.append("| " + " | ".join([
-            NAMES.get(name, f"ELMo, {name}") + ", with n-grams" * n["ngrams"], share(n["validation"]), share(n["test"]),
-            share(n["fresh"]) if n["fresh"] else "-", f"{100 * n['together']:.2f}", *against]) + " |")
+            NAMES.get(name, f"ELMo, {name}") + ", with n-grams" * n["ngrams"], share_of(n["validation"]),
+            share_of(n["test"]), share_of(n["fresh"]) if n["fresh"] else "-", f"{100 * n['together']:.2f}",
+            *against]) + " |")
     return "\n".join(lines) + f"""
 
 Accuracy in percent. Differences are those of *together* on all test rows, with 95 % bootstrap intervals; p is of the
@@ -174,8 +175,32 @@ Made by `{r['command']}` in {r['minutes']:.0f} minutes."""
 NAMES = {"tfidf": "linear TF-IDF", "word2vec": "Word2Vec", "svd": "SVD", "layer0": "layer 0 alone",
          "layer2": "top layer alone", "average": "plain average of the layers", "untrained": "untrained biLM",
          "finetuned": "ELMo, fine-tuned"}
+def findings(r: dict) -> str:
+    """The paper's findings in a line each, then which variant of the mix is worth what."""
+    share, found = r["labels"]["shares"], r["labels"]["systems"]
+    def at(name: str, percent: float) -> float:
+        values = found[name][share.index(percent)]["accuracy"]
+        return 100 * sum(values) / len(values)
+    lines = ["| labels | " + " | ".join(f"{s:g} %" for s in share) + " |", "|---|" + "--:|" * len(share)]
+    lines += [f"| {NAMES.get(name, 'ELMo, trainable')} | " + " | ".join(f"{at(name, s):.1f}" for s in share) + " |"
+              for name in found]
+    senses, leaks = r["senses"], r["leaks"]
+    layers = ", ".join(f"{100 * value:.1f}" for value in senses["layers"])
+    lines += ["", "| variant, a twentieth of the labels | validation | test |", "|---|--:|--:|"]
+    lines += [f"| {name} | {share_of(n['validation'])} | {share_of(n['test'])} |"
+              for name, n in r["mixes"]["variants"].items()]
+    minutes = sum(value["minutes"] for value in r.values() if isinstance(value, dict) and "minutes" in value)
+    return "\n".join(lines) + f"""
+
+Accuracy in percent. Of {senses['uses']:,} uses of {len(senses['words'])} ambiguous nouns in test rows, the
+nearest use of the word in training rows is of the same class in {layers} % by layer 0, 1 and 2; the word's most
+frequent class has {100 * senses['majority']:.1f} %. In {leaks['rows']} test rows one word became another:
+{leaks['moved_forward_before']} forward states before it and {leaks['moved_backward_after']} backward ones after moved.
+Made by `{r['command']}` in {minutes:.0f} minutes."""
+
+
 BLOCKS: dict[str, Callable[[dict], str]] = {
-    "pretraining": pretraining, "bench": bench, "faults": faults, "baselines": baselines,
+    "pretraining": pretraining, "bench": bench, "faults": faults, "baselines": baselines, "findings": findings,
     **dict.fromkeys(("classification", "finetuned", "titled", "sst2", "sst5", "nli"), classification)}
 
 

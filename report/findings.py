@@ -1,0 +1,421 @@
+"""The paper's findings at the scale of AG News: one function each, models/findings.json, and their figures.
+
+    python report/findings.py                   all of them, under 90 minutes on two cores; --resume keeps finished ones
+    python report/findings.py --only senses     the named ones anew, the others as they are in the file
+
+Schema of findings.json: command, versions, machine, bilm (digest), and one entry by finding, each with its minutes:
+    labels (figure 1 of the paper): shares [% of the training rows], rows, systems.{elmo, word2vec, tfidf}: for every
+        share {accuracy: of each seed on all test rows, validation: the same there}; the last one is that of
+        classification.json and baselines.json. Each seed draws its own rows.
+    mixes (tables 2 and 3): rows, seeds, variants.{name}: {validation, test: {mean, deviation}, s: of the first seed}
+    senses (section 5.3, word senses; the sense is taken as the class of the row): the rule, words.{word}: {uses,
+        majority: share of the most frequent class, layers: [share of uses whose nearest one is of their class]}, and
+        majority, layers, interval (95 %, bootstrap over words) over all uses
+    neighbours (table 4): [{word, static: nearest words by x, uses: [{text, label, nearest, nearest_label, cosine}]}]
+    weights (figure 2): tasks.{name}: s of every seed, gamma
+    heatmap: text, tokens, layers: [cosine similarity of each two words]
+    map: rows, x, y, labels: t-SNE of the documents' mean vectors
+    leaks: rows, changed, moved_forward_before, moved_backward_after (states that must not move and did: 0), and of one
+        row tokens, changed word, forward and backward: [|change| of layers 1 and 2 at each word]
+"""
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # run as `python report/findings.py`
+
+import classification
+from classification import Config, Head, Layer, Linears, ScalarMix, Trainer, Vectors, dropout, vectors_of
+from data.files import InputError, read_text, write_json
+from data.knobs import Parser, script
+from data.machine import default_device, machine, versions
+from data.prepare import CACHE, Task, read_task
+from data.text import Texts
+from ELMO import ELMo
+from report import figures
+from report.baselines import tfidf
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)        # % of the training rows that have labels
+SEEDS = {0.1: 5, 0.3: 5, 1.0: 5, 3.0: 5, 10.0: 2, 30.0: 1}
+EVALUATIONS = 3                                         # of a run, on the validation rows
+DETERMINERS = frozenset(["the", "a", "an", "its", "his", "her", "their", "our", "this", "that", "these", "those"])
+FOLLOWERS = frozenset([
+    ",", ".", ";", ":", ")", "of", "in", "on", "at", "for", "to", "from", "by", "with", "and", "or", "as", "is", "was",
+    "are", "were", "has", "had", "have", "will", "would", "that", "which", "who", "when", "while", "after", "before"])
+
+
+@dataclass
+class Bed:
+    """What every finding starts from: the folder of the published files, the biLM, AG News, and what is measured.
+
+    parts: a quarter of the validation rows, by which runs of few labels choose their weights, and all test rows.
+    """
+    folder: Path
+    elmo: ELMo
+    task: Task
+    parts: dict[str, Texts]
+
+    @classmethod
+    def of(cls, folder: Path) -> "Bed":
+        elmo = ELMo.load(folder / "bilstm.pt", default_device())
+        task = read_task(Config(), elmo.config)
+        some = task.validation.take(np.arange(0, len(task.validation), 4))
+        return cls(folder, elmo, task, {"validation": Texts(some, elmo), "test": Texts(task.test, elmo, CACHE)})
+
+    def published(self, name: str) -> dict:
+        """A JSON of the folder that is of this biLM; InputError where it is of another one or missing."""
+        result = json.loads(read_text(self.folder / f"{name}.json"))
+        if result["bilm"] != self.elmo.digest:
+            raise InputError(f"{self.folder / name}.json is of another biLM; make it anew first")
+        return result
+
+
+# ------------------------------------------------------------------------------------------ labels (figure 1)
+def few_labels(rows: int, share: float, seed: int, vectors: str) -> Config:
+    """Knobs for so many labelled rows, the same for both vectors: chosen on validation rows with 1 % of the labels."""
+    return Config(rows=rows, seed=seed, vectors=vectors, setting="trainable", epochs=2 * (100 / share) ** 0.4,
+                  batch_tokens=600 if share < 10 else 3000, log_every=10**9)
+
+
+def trained(config: Config, vectors: Vectors, bed: Bed, kind: type = Trainer) -> tuple[Trainer, dict[str, dict]]:
+    """(trainer with its best weights, {part: {setting: (S, N, C)}} of validation and test rows)."""
+    task = read_task(config, bed.elmo.config)
+    parts = bed.parts | {"train": Texts(task.train, bed.elmo)}
+    trainer = kind(config, vectors, parts, len(task.labels), range(config.seed, config.seed + config.seeds))
+    trainer.interval = max(1, -(-trainer.steps // EVALUATIONS))
+    run = classification.train(trainer)
+    if not run.finished:
+        raise KeyboardInterrupt
+    trainer.model.load_state_dict(run.best)
+    return trainer, {part: trainer.probabilities(bed.parts[part]) for part in bed.parts}
+
+
+def hits(p: Tensor, gold: Tensor) -> list[float]:
+    """Accuracy of each seed's probabilities (S, N, C)."""
+    return (p.argmax(dim=2) == gold).double().mean(dim=1).tolist()
+
+
+def labels(bed: Bed) -> dict:
+    """Test accuracy of ELMo, Word2Vec and TF-IDF with few labelled rows; the vectors always from all texts."""
+    total = len(bed.task.train)
+    kinds = {kind: vectors_of(Config(vectors=kind), bed.elmo, bed.task) for kind in ("elmo", "word2vec")}
+    systems = {name: [] for name in (*kinds, "tfidf")}
+    rows = [round(total * share / 100) for share in SHARES]
+    for share, n in zip(SHARES[:-1], rows, strict=False):
+        found = {name: {"accuracy": [], "validation": []} for name in systems}
+        for seed in range(SEEDS[share]):
+            for kind, vectors in kinds.items():
+                p = trained(few_labels(n, share, seed, kind), vectors, bed)[1]
+                for key, part in (("accuracy", "test"), ("validation", "validation")):
+                    found[kind][key] += hits(p[part]["trainable"], bed.parts[part].labels)
+            numbers, _ = tfidf(read_task(few_labels(n, share, seed, "elmo"), bed.elmo.config))
+            found["tfidf"]["accuracy"].append(numbers["test"]["mean"])
+            found["tfidf"]["validation"].append(numbers["validation"]["mean"])
+        for name, numbers in found.items():
+            systems[name].append(numbers)
+            print(f"{share:g} % of the labels, {name}: {np.mean(numbers['accuracy']):.2%}", flush=True)
+    full = bed.published("classification")["settings"]["trainable"]
+    others = bed.published("baselines")["rows"]
+    systems["elmo"].append({key: [seed["accuracy"] for seed in full[part]["seeds"]]
+                            for key, part in (("accuracy", "test"), ("validation", "validation"))})
+    for name in ("word2vec", "tfidf"):
+        systems[name].append({"accuracy": [others[name]["test"]["mean"]],
+                              "validation": [others[name]["validation"]["mean"]]})
+    return {"shares": list(SHARES), "rows": rows, "systems": systems}
+
+
+# ------------------------------------------------------------------------------------- mixes (tables 2 and 3)
+class WithWord2Vec(Vectors):
+    """The biLM's layers and, as a fourth one, Word2Vec filled up with zeros."""
+
+    def __init__(self, elmo: Vectors, static: Vectors):
+        super().__init__("elmo", elmo.model)
+        self.static = static
+
+    def __call__(self, texts: Texts, rows: np.ndarray, dtype: torch.dtype, *about) -> tuple[Tensor, Tensor]:
+        h, n = super().__call__(texts, rows, dtype, *about)                     # (3, 2, T, B, D)
+        own, _ = self.static(texts, rows, dtype)                                # (1, 2, T, B, 300)
+        return torch.cat([h, F.pad(own, (0, h.shape[-1] - own.shape[-1]))]), n
+
+
+LAYERS = {"layer 0": [0], "layer 1": [1], "layer 2": [2]}
+STRENGTHS = {"all layers, lambda 0": 0.0, "all layers, lambda 1/1000": 0.001, "all layers, lambda 1": 1.0}
+PLACES = {"Word2Vec": (True, False, False), "Word2Vec, ELMo at the input": (True, True, False),
+          "Word2Vec, ELMo at the output": (True, False, True), "Word2Vec, ELMo at both": (True, True, True)}
+STATIC = 300
+
+
+class Variant(Head):
+    """A head by its name in LAYERS, STRENGTHS or PLACES: which layers it mixes, how freely, and where they enter.
+
+    lambda: |w|^2 is added to the loss so many times, which draws s towards the plain average (paper, section 3.2).
+    """
+
+    def __init__(self, config: Config, name: str, J: int, D: int, classes: int):
+        super().__init__(config, "trainable", J, D, classes)
+        H, self.layers = config.hidden, LAYERS.get(name, [0, 1, 2])
+        self.reads_static, self.reads_mix, self.adds_mix = PLACES.get(name, (False, True, False))
+        self.mix = ScalarMix(len(self.layers), False)
+        self.lstm = Layer(STATIC * self.reads_static + D * self.reads_mix, H, H)
+        if self.adds_mix:
+            self.attend, self.out = Linears(H + D, 1), Linears(6 * (H + D), classes)
+        if strength := STRENGTHS.get(name):
+            self.mix.w.register_hook(lambda grad: grad + 2 * strength * self.mix.w.detach())
+
+    def forward(self, h: Tensor, n: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        mix = self.mix(h[self.layers])                                          # (S, 2, T, B, D)
+        static = h[3:, ..., :STATIC].expand(self.S, -1, -1, -1, -1)             # (S, 2, T, B, 300)
+        x = torch.cat([static] * self.reads_static + [mix] * self.reads_mix, dim=-1)
+        x = dropout(x, (self.S, 1, 1, *x.shape[3:]), self.config.dropout, generator)
+        h = self.lstm(x.flatten(0, 1))                                          # (2 S, T, B, H)
+        h = (torch.cat([h, mix.flatten(0, 1)], dim=-1) if self.adds_mix else h).transpose(1, 2)
+        text = self.pool(h, torch.arange(h.shape[2], device=h.device) < n[:, None])
+        return self.out(dropout(text, text.shape, self.config.dropout, generator)).float()
+
+
+@dataclass(frozen=True)
+class Variants(Config):
+    settings = property(lambda self: (*LAYERS, *STRENGTHS, *PLACES))
+
+
+class VariantTrainer(Trainer):
+    head = Variant
+
+
+def mixes(bed: Bed) -> dict:
+    """All layers against one, how free s is, where ELMo enters: side by side on a twentieth of the labels."""
+    rows = len(bed.task.train) // 20
+    config = Variants(rows=rows, seeds=3, epochs=5.0, log_every=100)
+    vectors = WithWord2Vec(*(vectors_of(Config(vectors=kind), bed.elmo, bed.task) for kind in ("elmo", "word2vec")))
+    trainer, p = trained(config, vectors, bed, VariantTrainer)
+    variants = {}
+    for name in config.settings:
+        found = {part: hits(p[part][name], bed.parts[part].labels) for part in bed.parts}
+        variants[name] = {part: {"mean": float(np.mean(values)), "deviation": float(np.std(values, ddof=1))}
+                          for part, values in found.items()}
+        variants[name]["s"] = trainer.model[name].mix.s()[0].tolist() if name in STRENGTHS else None
+        print(f"{name}: {variants[name]['test']['mean']:.2%}", flush=True)
+    return {"rows": rows, "seeds": config.seeds, "epochs": config.epochs, "variants": variants}
+
+
+# -------------------------------------------------------------------------- senses and neighbours (section 5.3)
+RULE = ("words that follow a determiner and stand before a preposition, an auxiliary, a conjunction or a sign in at "
+        "least {share:.0%} of their uses in training rows (nouns), with at least {least} uses in test rows, none of "
+        "whose classes has more than {most:.0%} of these")
+LEAST, MOST, NOUN = 20, 0.7, 0.15
+POOL = 400              # uses of a word in training rows among which the nearest is sought
+
+
+@dataclass
+class Uses:
+    """Uses of one word: vectors (uses, 3, D) of unit length by layer, the rows and their classes (uses,)."""
+    vectors: np.ndarray
+    rows: np.ndarray
+    classes: np.ndarray
+
+
+def nouns(bed: Bed, tokens: list[list[str]]) -> set[str]:
+    """Words that stand like nouns often enough, by RULE; no tagger and no lexicon is asked."""
+    seen, like = Counter(word for row in tokens for word in row), Counter()
+    for row in tokens:
+        like.update(word for before, word, after in zip(row, row[1:], row[2:], strict=False)
+                    if before in DETERMINERS and after in FOLLOWERS)
+    known = bed.elmo.words.index
+    return {word for word, n in like.items() if n >= NOUN * seen[word] and word.isalpha() and word in known}
+
+
+def ambiguous(bed: Bed, tokens: list[list[str]], part: str, least: int = LEAST) -> list[str]:
+    """Nouns of a part's rows by RULE, in the order of the alphabet."""
+    counts, gold = {}, getattr(bed.task, part).labels
+    for row, text in enumerate(getattr(bed.task, part).texts):
+        for word in bed.elmo.tokenize(text[0]):
+            counts.setdefault(word, np.zeros(len(bed.task.labels)))[gold[row]] += 1
+    known = nouns(bed, tokens)
+    return sorted(word for word, n in counts.items()
+                  if word in known and n.sum() >= least and n.max() <= MOST * n.sum())
+
+
+def uses(bed: Bed, texts: list[str], tokens: list[list[str]], classes: np.ndarray, wanted: list[str],
+         most: int | None = None) -> dict[str, Uses]:
+    """The uses of some words in some rows, of each word the first `most` in an order that the seed draws."""
+    places, order = {word: [] for word in wanted}, np.random.default_rng(0).permutation(len(texts))
+    for row in order:
+        for k, word in enumerate(tokens[row]):
+            if word in places and (most is None or len(places[word]) < most):
+                places[word].append((int(row), k))
+    needed = sorted({row for found in places.values() for row, _ in found})
+    at, found = {}, {word: [] for word in wanted}
+    by_row = {}
+    for word, spots in places.items():
+        for row, k in spots:
+            by_row.setdefault(row, []).append((word, k))
+    for row, vectors in zip(needed, bed.elmo.embed_stream((texts[row] for row in needed), "bf16"), strict=True):
+        for word, k in by_row[row]:
+            found[word].append(F.normalize(vectors[:, k], dim=1).half().numpy())
+            at.setdefault(word, []).append(row)
+    return {word: Uses(np.stack(found[word]), np.array(at[word]), classes[at[word]])
+            for word in wanted if found[word]}
+
+
+def shared(a: list[str], b: list[str], n: int = 8) -> bool:
+    """Whether two rows have a run of n words in common: near copies, whose class proves nothing."""
+    grams = {tuple(a[i:i + n]) for i in range(len(a) - n + 1)}
+    return any(tuple(b[i:i + n]) in grams for i in range(len(b) - n + 1))
+
+
+def nearest(query: Uses, pool: Uses, asked: list[list[str]], known: list[list[str]], layer: int) -> np.ndarray:
+    """(uses,) number of the use in the pool whose vector is nearest by cosine, near copies of the row left out."""
+    order = np.argsort(-(query.vectors[:, layer].astype(np.float32) @ pool.vectors[:, layer].astype(np.float32).T))
+    return np.array([next((j for j in line if not shared(asked[query.rows[i]], known[pool.rows[j]])), line[0])
+                     for i, line in enumerate(order)])
+
+
+def senses(bed: Bed, part: str = "test", least: int = LEAST) -> dict:
+    """How often a word's nearest use in training rows is of its own class, by layer, beside the most frequent class."""
+    train = [text for text, in bed.task.train.texts]
+    asked_texts = [text for text, in getattr(bed.task, part).texts]
+    known, asked = ([bed.elmo.tokenize(text) for text in texts] for texts in (train, asked_texts))
+    words = ambiguous(bed, known, part, least)
+    pool = uses(bed, train, known, bed.task.train.labels, words, POOL)
+    query = uses(bed, asked_texts, asked, getattr(bed.task, part).labels, words)
+    out, right = {}, {}
+    for word in words:
+        q, p = query[word], pool[word]
+        right[word] = np.stack([p.classes[nearest(q, p, asked, known, layer)] == q.classes for layer in range(3)])
+        out[word] = {"uses": len(q.rows), "majority": float(np.bincount(q.classes).max() / len(q.rows)),
+                     "layers": right[word].mean(axis=1).tolist()}
+    sizes = np.array([out[word]["uses"] for word in words], dtype=float)
+    sums = np.stack([right[word].sum(axis=1) for word in words])                # (words, 3)
+    drawn = np.random.default_rng(0).integers(len(words), size=(2_000, len(words)))
+    spread = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)[:, None]        # (2000, 3)
+    majority = sum(word["majority"] * word["uses"] for word in out.values()) / sizes.sum()
+    return {"rule": RULE.format(share=NOUN, least=least, most=MOST), "pool": POOL, "words": out,
+            "uses": int(sizes.sum()), "majority": float(majority),
+            "layers": (sums.sum(axis=0) / sizes.sum()).tolist(),
+            "interval": np.percentile(spread, [2.5, 97.5], axis=0).T.tolist()}
+
+
+def neighbours(bed: Bed, shown: int = 4, few: int = 6) -> dict:
+    """Of the most evenly ambiguous words: nearest words by x, and the nearest use of two test uses of two classes."""
+    train, test = ([text for text, in getattr(bed.task, part).texts] for part in ("train", "test"))
+    known, asked = ([bed.elmo.tokenize(text) for text in texts] for texts in (train, test))
+    words = ambiguous(bed, known, "test")
+    pool, query = uses(bed, train, known, bed.task.train.labels, words, POOL), uses(
+        bed, test, asked, bed.task.test.labels, words)
+    def evenness(word: str) -> float:
+        share = np.bincount(query[word].classes, minlength=2) / len(query[word].rows)
+        return -float(np.sum(share * np.log(np.maximum(share, 1e-12))))
+    table, out = F.normalize(bed.elmo.model.table.float(), dim=1), []
+    for word in sorted(words, key=evenness, reverse=True)[:shown]:
+        i, q, p = bed.elmo.words.index[word], query[word], pool[word]
+        near = (table @ table[i]).argsort(descending=True)[1:few + 1].tolist()
+        two = [int(np.flatnonzero(q.classes == c)[0]) for c in np.bincount(q.classes).argsort()[::-1][:2]]
+        found = nearest(Uses(q.vectors[two], q.rows[two], q.classes[two]), p, asked, known, 2)
+        out.append({"word": word, "static": [bed.elmo.words.words[j] for j in near], "uses": [
+            {"text": test[q.rows[a]], "label": bed.task.labels[q.classes[a]], "nearest": train[p.rows[b]],
+             "nearest_label": bed.task.labels[p.classes[b]],
+             "cosine": float(q.vectors[a, 2].astype(np.float32) @ p.vectors[b, 2].astype(np.float32))}
+            for a, b in zip(two, found, strict=True)]})
+    return {"words": out}
+
+
+# ----------------------------------------------------------------------------------------- from what was published
+def weights(bed: Bed) -> dict:
+    """s and gamma that each task learned, of every seed, from the JSON of the runs."""
+    names = {"classification": "AG News", "finetuned": "AG News, biLM fine-tuned", "sst5": "SST, 5 classes",
+             "sst2": "SST, 2 classes", "nli": "NLI"}
+    runs = {title: bed.published(name)["settings"]["trainable"] for name, title in names.items()
+            if (bed.folder / f"{name}.json").exists()}
+    return {"tasks": {title: {"s": run["s"], "gamma": run["gamma"]} for title, run in runs.items()}}
+
+
+SENTENCE = "The bank raised interest rates after the team left the bank of the river."
+
+
+def heatmap(bed: Bed) -> dict:
+    """Cosine similarity of each two words of a sentence, by layer."""
+    h = F.normalize(bed.elmo.embed([SENTENCE])[0], dim=2)                       # (3, n, D)
+    return {"text": SENTENCE, "tokens": bed.elmo.tokenize(SENTENCE), "layers": (h @ h.transpose(1, 2)).tolist()}
+
+
+def documents(bed: Bed, rows: int = 2_000) -> dict:
+    """t-SNE of the mean over words and layers of some test rows."""
+    from sklearn.manifold import TSNE
+    chosen = np.sort(np.random.default_rng(0).permutation(len(bed.task.test))[:rows])
+    texts = [bed.task.test.texts[i][0] for i in chosen]
+    means = torch.stack([h.mean(dim=(0, 1)) for h in bed.elmo.embed_stream(texts, "bf16")])     # (rows, D)
+    xy = TSNE(metric="cosine", init="pca", random_state=0).fit_transform((means - means.mean(dim=0)).numpy())
+    return {"rows": len(texts), "x": xy[:, 0].round(2).tolist(), "y": xy[:, 1].round(2).tolist(),
+            "labels": bed.task.test.labels[chosen].tolist()}
+
+
+def leaks(bed: Bed, rows: int = 500) -> dict:
+    """What moves when one word of a test row becomes another: no forward state before it, no backward one after it."""
+    random, half = np.random.default_rng(0), bed.elmo.model.config.output
+    texts = [text for text, in bed.task.test.texts if len(bed.elmo.tokenize(text)) >= 3]
+    out, shown = {"rows": 0, "changed": 0, "moved_forward_before": 0, "moved_backward_after": 0}, None
+    for text in (texts[i] for i in random.permutation(len(texts))[:rows]):
+        tokens = bed.elmo.tokenize(text)
+        k, new = int(random.integers(len(tokens))), "iraq" if "iraq" not in tokens else "microsoft"
+        other = [*tokens[:k], new, *tokens[k + 1:]]
+        if bed.elmo.tokenize(" ".join(tokens)) != tokens or bed.elmo.tokenize(" ".join(other)) != other:
+            continue        # its marks would be cut otherwise once they stand apart
+        a, b = (bed.elmo.embed([" ".join(words)])[0] for words in (tokens, other))
+        moved = (a != b).any(dim=0)                                             # (n, D)
+        out["rows"] += 1
+        out["changed"] += int(moved[k].any())
+        out["moved_forward_before"] += int(moved[:k, :half].any())
+        out["moved_backward_after"] += int(moved[k + 1:, half:].any())
+        if shown is None and 12 <= len(tokens) <= 20 and 4 <= k < len(tokens) - 4:
+            gap = (a - b)[1:]                                                   # (2, n, D)
+            shown = {"tokens": tokens, "changed_word": k, "new": new, "forward": gap[..., :half].norm(dim=2).tolist(),
+                     "backward": gap[..., half:].norm(dim=2).tolist()}
+    return out | {"example": shown}
+
+
+FINDINGS: dict[str, Callable[[Bed], dict]] = {
+    "leaks": leaks, "heatmap": heatmap, "map": documents, "weights": weights, "senses": senses,
+    "neighbours": neighbours, "mixes": mixes, "labels": labels}
+
+
+@script("findings.py")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 0, 2 for an input that the user can mend, 130 after Ctrl-C; finished findings stay in the file."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = Parser(prog="findings.py", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "models", help="folder of the published files and the JSON")
+    parser.add_argument("--only", help=f"these alone, with commas between: {', '.join(FINDINGS)}")
+    parser.add_argument("--resume", action="store_true", help="keep the findings that the file has of this biLM")
+    options = parser.parse_args(argv)
+    wanted = options.only.split(",") if options.only else list(FINDINGS)
+    if unknown := sorted(set(wanted) - set(FINDINGS)):
+        raise InputError(f"--only names {unknown[0]!r}; expected some of {', '.join(FINDINGS)}")
+    bed, file = Bed.of(options.out), options.out / "findings.json"
+    old = json.loads(read_text(file)) if file.exists() else {}
+    result = old if old.get("bilm") == bed.elmo.digest else {}
+    for name in wanted:
+        if options.resume and name in result:
+            continue
+        begin = time.perf_counter()
+        result[name] = FINDINGS[name](bed)
+        result[name]["minutes"] = (time.perf_counter() - begin) / 60
+        result |= {"command": " ".join(["python", "report/findings.py", *argv]), "bilm": bed.elmo.digest,
+                   "versions": versions(), "machine": machine(torch.device(default_device()))}
+        write_json(file, result)
+        print(f"{name}: {result[name]['minutes']:.1f} minutes", flush=True)
+    figures.findings(result, options.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
