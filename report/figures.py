@@ -187,8 +187,8 @@ def sense_bars(r: dict):
     axes.bar_label(bars, fmt="%.1f", label_type="center", color="white", fontsize=9)
     axes.axhline(100 * r["majority"], color=ORANGE, linestyle="--", label="the word's most frequent class")
     axes.set(ylabel="nearest use is of the same class (%)", ylim=(0, 100))
-    best = int(values.argmax())
-    axes.set_title(f"Layer {best} tells the uses of ambiguous nouns apart best: {values[best]:.1f} %\n"
+    best = r["best"]
+    axes.set_title(f"Layer {best}, best on validation rows, finds a use of the same class in {values[best]:.1f} %\n"
                    f"({len(r['words'])} words, n = {r['uses']:,} test uses; 95 % interval over words)", fontsize=10)
     axes.legend(fontsize=8, frameon=False)
     return figure

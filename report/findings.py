@@ -10,7 +10,8 @@ Schema of findings.json: command, versions, machine, bilm (digest), and one entr
     mixes (tables 2 and 3): rows, seeds, variants.{name}: {validation, test: {mean, deviation}, s: of the first seed}
     senses (section 5.3, word senses; the sense is taken as the class of the row): the rule, words.{word}: {uses,
         majority: share of the most frequent class, layers: [share of uses whose nearest one is of their class]}, and
-        majority, layers, interval (95 %, bootstrap over words) over all uses
+        majority, layers, interval (95 %, bootstrap over words) over all uses; validation: the same on validation
+        rows, by which the best layer is told
     neighbours (table 4): [{word, static: nearest words by x, uses: [{text, label, nearest, nearest_label, cosine}]}]
     weights (figure 2): tasks.{name}: s of every seed, gamma
     heatmap: text, tokens, layers: [cosine similarity of each two words]
@@ -24,6 +25,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +56,7 @@ FOLLOWERS = frozenset([
     "are", "were", "has", "had", "have", "will", "would", "that", "which", "who", "when", "while", "after", "before"])
 
 
-@dataclass
+@dataclass(eq=False)
 class Bed:
     """What every finding starts from: the folder of the published files, the biLM, AG News, and what is measured.
 
@@ -248,23 +250,19 @@ def ambiguous(bed: Bed, tokens: list[list[str]], part: str, least: int = LEAST) 
 def uses(bed: Bed, texts: list[str], tokens: list[list[str]], classes: np.ndarray, wanted: list[str],
          most: int | None = None) -> dict[str, Uses]:
     """The uses of some words in some rows, of each word the first `most` in an order that the seed draws."""
-    places, order = {word: [] for word in wanted}, np.random.default_rng(0).permutation(len(texts))
-    for row in order:
+    by_row, found = {}, {word: ([], []) for word in wanted}
+    taken = Counter()
+    for row in np.random.default_rng(0).permutation(len(texts)).tolist():
         for k, word in enumerate(tokens[row]):
-            if word in places and (most is None or len(places[word]) < most):
-                places[word].append((int(row), k))
-    needed = sorted({row for found in places.values() for row, _ in found})
-    at, found = {}, {word: [] for word in wanted}
-    by_row = {}
-    for word, spots in places.items():
-        for row, k in spots:
-            by_row.setdefault(row, []).append((word, k))
-    for row, vectors in zip(needed, bed.elmo.embed_stream((texts[row] for row in needed), "bf16"), strict=True):
+            if word in found and (most is None or taken[word] < most):
+                taken[word] += 1
+                by_row.setdefault(row, []).append((word, k))
+    rows = sorted(by_row)
+    for row, h in zip(rows, bed.elmo.embed_stream((texts[row] for row in rows), "bf16"), strict=True):
         for word, k in by_row[row]:
-            found[word].append(F.normalize(vectors[:, k], dim=1).half().numpy())
-            at.setdefault(word, []).append(row)
-    return {word: Uses(np.stack(found[word]), np.array(at[word]), classes[at[word]])
-            for word in wanted if found[word]}
+            found[word][0].append(F.normalize(h[:, k], dim=1).half().numpy())
+            found[word][1].append(row)
+    return {word: Uses(np.stack(vectors), np.array(at), classes[at]) for word, (vectors, at) in found.items() if at}
 
 
 def shared(a: list[str], b: list[str], n: int = 8) -> bool:
@@ -280,15 +278,34 @@ def nearest(query: Uses, pool: Uses, asked: list[list[str]], known: list[list[st
                      for i, line in enumerate(order)])
 
 
-def senses(bed: Bed, part: str = "test", least: int = LEAST) -> dict:
-    """How often a word's nearest use in training rows is of its own class, by layer, beside the most frequent class."""
-    train = [text for text, in bed.task.train.texts]
-    asked_texts = [text for text, in getattr(bed.task, part).texts]
-    known, asked = ([bed.elmo.tokenize(text) for text in texts] for texts in (train, asked_texts))
+@lru_cache(maxsize=1)
+def found_uses(bed: Bed, part: str, least: int) -> tuple[dict[str, Uses], dict[str, Uses], list, list]:
+    """(uses in the part's rows, uses in training rows, tokens of either's rows) of the words that RULE names."""
+    known, asked = ([bed.elmo.tokenize(text) for text in texts_of(bed, name)] for name in ("train", part))
     words = ambiguous(bed, known, part, least)
-    pool = uses(bed, train, known, bed.task.train.labels, words, POOL)
-    query = uses(bed, asked_texts, asked, getattr(bed.task, part).labels, words)
-    out, right = {}, {}
+    if not words:
+        raise InputError(f"no word of the {part} rows is ambiguous by the rule; there is no sense to find")
+    pool = uses(bed, texts_of(bed, "train"), known, bed.task.train.labels, words, POOL)
+    return uses(bed, texts_of(bed, part), asked, getattr(bed.task, part).labels, words), pool, asked, known
+
+
+def texts_of(bed: Bed, part: str) -> list[str]:
+    return [text for text, in getattr(bed.task, part).texts]
+
+
+def senses(bed: Bed) -> dict:
+    """Of test rows, and of validation rows, which say what layer is best; there half as many uses of a word suffice."""
+    held_out = told_apart(bed, "validation", LEAST // 2)
+    return told_apart(bed, "test", LEAST) | {
+        "rule": RULE.format(share=NOUN, least=LEAST, most=MOST), "pool": POOL,
+        "validation": {name: held_out[name] for name in ("uses", "majority", "layers")},
+        "best": int(np.argmax(held_out["layers"]))}
+
+
+def told_apart(bed: Bed, part: str, least: int) -> dict:
+    """How often a word's nearest use in training rows is of its own class, by layer, beside the most frequent class."""
+    query, pool, asked, known = found_uses(bed, part, least)
+    words, out, right = list(query), {}, {}
     for word in words:
         q, p = query[word], pool[word]
         right[word] = np.stack([p.classes[nearest(q, p, asked, known, layer)] == q.classes for layer in range(3)])
@@ -299,24 +316,20 @@ def senses(bed: Bed, part: str = "test", least: int = LEAST) -> dict:
     drawn = np.random.default_rng(0).integers(len(words), size=(2_000, len(words)))
     spread = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)[:, None]        # (2000, 3)
     majority = sum(word["majority"] * word["uses"] for word in out.values()) / sizes.sum()
-    return {"rule": RULE.format(share=NOUN, least=least, most=MOST), "pool": POOL, "words": out,
-            "uses": int(sizes.sum()), "majority": float(majority),
+    return {"words": out, "uses": int(sizes.sum()), "majority": float(majority),
             "layers": (sums.sum(axis=0) / sizes.sum()).tolist(),
             "interval": np.percentile(spread, [2.5, 97.5], axis=0).T.tolist()}
 
 
 def neighbours(bed: Bed, shown: int = 4, few: int = 6) -> dict:
     """Of the most evenly ambiguous words: nearest words by x, and the nearest use of two test uses of two classes."""
-    train, test = ([text for text, in getattr(bed.task, part).texts] for part in ("train", "test"))
-    known, asked = ([bed.elmo.tokenize(text) for text in texts] for texts in (train, test))
-    words = ambiguous(bed, known, "test")
-    pool, query = uses(bed, train, known, bed.task.train.labels, words, POOL), uses(
-        bed, test, asked, bed.task.test.labels, words)
+    query, pool, asked, known = found_uses(bed, "test", LEAST)
+    train, test = texts_of(bed, "train"), texts_of(bed, "test")
     def evenness(word: str) -> float:
         share = np.bincount(query[word].classes, minlength=2) / len(query[word].rows)
         return -float(np.sum(share * np.log(np.maximum(share, 1e-12))))
     table, out = F.normalize(bed.elmo.model.table.float(), dim=1), []
-    for word in sorted(words, key=evenness, reverse=True)[:shown]:
+    for word in sorted(query, key=evenness, reverse=True)[:shown]:
         i, q, p = bed.elmo.words.index[word], query[word], pool[word]
         near = (table @ table[i]).argsort(descending=True)[1:few + 1].tolist()
         two = [int(np.flatnonzero(q.classes == c)[0]) for c in np.bincount(q.classes).argsort()[::-1][:2]]
