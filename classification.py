@@ -600,7 +600,8 @@ def adapted(elmo: ELMo, task: Task, config: Config, file: Path, resume: bool) ->
     found = Vocabulary.count(tokens.types, tokens.counts(slice(None)), 2)
     words = Vocabulary(elmo.words.words + [word for word in found.words[4:] if word not in elmo.words.index])
     knobs = replace(elmo.config, epochs=config.adapt, lr=config.adapt_lr, table_lr=config.adapt_lr, seed=config.seed,
-                    log_every=config.log_every, save_every=config.save_every, precision=config.precision)
+                    log_every=config.log_every, save_every=config.save_every, track=config.track,
+                    precision=config.precision)
     parts = split(len(tokens), max(1, len(tokens) // 10), config.seed)
     trainer = ELMO.Trainer(knobs, Data(words, Encoded.of(tokens, words, knobs), *parts), elmo.model.table.device)
     with torch.no_grad():

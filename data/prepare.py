@@ -15,7 +15,7 @@ import sys
 import urllib.request
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -202,6 +202,13 @@ class Task:
     corpus: list[str]
     fresh: np.ndarray | None = None
 
+    def with_labels(self, rows: int, seed: int) -> "Task":
+        """The same task with so many of its training rows, drawn by the seed; `corpus` stays whole."""
+        if rows > len(self.train):
+            raise InputError(f"rows is {rows}, but the task has {len(self.train)} training rows")
+        chosen = np.random.default_rng([seed, 5]).permutation(len(self.train))[:rows]
+        return replace(self, train=self.train.take(np.sort(chosen)))
+
 
 def joined(title: str, description: str) -> str:
     """One text of a row's two fields."""
@@ -342,12 +349,7 @@ def read_task(config, bilm) -> Task:
         task = nli_task(config.validation, config.seed)
     else:
         task = sst_task(config.task == "sst2", config.phrases)
-    if config.rows > len(task.train):
-        raise InputError(f"rows is {config.rows}, but the task has {len(task.train)} training rows")
-    if config.rows:
-        rows = np.random.default_rng([config.seed, 5]).permutation(len(task.train))[:config.rows]
-        task.train = task.train.take(np.sort(rows))
-    return task
+    return task.with_labels(config.rows, config.seed) if config.rows else task
 
 
 # ---------------------------------------------------------------------------------------------------- vectors

@@ -92,8 +92,9 @@ class Run:
 
     def __enter__(self) -> "Run":
         config, first = self.trainer.config, self.trainer.rank == 0
-        tracker = Tracker(config.track if first else "none", self.file.parent if self.file else Path(),
-                          self.file.name.removesuffix(".resume.pt") if self.file else "run", asdict(config), self.step)
+        file = self.file or Path("run")
+        tracker = Tracker(config.track if first and self.file else "none", file.parent,
+                          file.name.removesuffix(".resume.pt"), asdict(config), self.step)
         self.progress = Progress(self.trainer.steps, self.step, config.log_every, first, self.trainer.unit, tracker)
         self.requests = ExitStack()
         self.request = self.requests.enter_context(stop_request())
@@ -170,6 +171,7 @@ class Run:
         self.seconds += time.perf_counter() - self.clock
         self.wall = time.perf_counter() - self.began
         if self.file and self.trainer.rank == 0:
+            self.progress.tracker.flush()
             kept = {name: getattr(self, name) for name in self.KEPT}
             write_resume(self.file, self.trainer.identity(), {"run": kept, "trainer": self.trainer.state()})
         self.clock = self.saved = time.perf_counter()

@@ -54,24 +54,29 @@ def mcnemar(right: np.ndarray, other: np.ndarray) -> dict:
             "only_this": this, "only_that": that, "p": binomtest(this, this + that).pvalue if this + that else 1.0}
 
 
-def tfidf(task: Task) -> tuple[dict, np.ndarray]:
-    """(row, predictions on test rows) of the linear classifier whose knobs are best on the validation rows."""
-    begin = time.perf_counter()
+def tfidf(task: Task, vectorizers: dict | None = None) -> tuple[dict, np.ndarray]:
+    """(row, predictions on test rows) of the linear classifier whose knobs are best on the validation rows.
+
+    Its words and their weights are counted in all texts of the task, as the other vectors are, labelled or not;
+    `vectorizers` keeps what was counted for the next call.
+    """
+    begin, vectorizers = time.perf_counter(), {} if vectorizers is None else vectorizers
     texts = {part: [text for text, in getattr(task, part).texts] for part in ("train", "validation", "test")}
     fitted, tried = {}, {}
     for kind, C, ngrams in TRIED:
+        if ngrams not in vectorizers:
+            vectorizers[ngrams] = TfidfVectorizer(ngram_range=(1, ngrams), sublinear_tf=True, min_df=2).fit(task.corpus)
         if ngrams not in fitted:
-            vectorizer = TfidfVectorizer(ngram_range=(1, ngrams), sublinear_tf=True, min_df=2)
-            fitted[ngrams] = vectorizer.fit_transform(texts["train"]), vectorizer
-        x, vectorizer = fitted[ngrams]
+            fitted[ngrams] = {part: vectorizers[ngrams].transform(texts[part]) for part in texts}
+        x = fitted[ngrams]
         model = LinearSVC(C=C, random_state=0) if kind == "svm" else LogisticRegression(C=C, max_iter=200)
-        model.fit(x, task.train.labels)
-        accuracy = model.score(vectorizer.transform(texts["validation"]), task.validation.labels)
+        model.fit(x["train"], task.train.labels)
+        accuracy = model.score(x["validation"], task.validation.labels)
         tried[f"{kind}, C {C:g}, 1-{ngrams}-grams"] = float(accuracy)
         print(f"TF-IDF {kind}, C {C:g}, 1-{ngrams}-grams: {accuracy:.2%} of validation rows", flush=True)
         if accuracy >= max(tried.values()):
-            best = model, vectorizer
-    found = best[0].predict(best[1].transform(texts["test"]))
+            best = model, x["test"]
+    found = best[0].predict(best[1])
     hit = found == task.test.labels
     one = {"deviation": None}
     return {"tried": tried, "seeds": 1, "ngrams": False, "validation": {"mean": max(tried.values())} | one,
@@ -86,6 +91,7 @@ def row(result: dict, setting: str) -> tuple[dict, np.ndarray]:
     test = numbers["test"]
     return {"seeds": len(test["seeds"]), "validation": numbers["validation"]["accuracy"], "test": test["accuracy"],
             "together": test["together"]["accuracy"], "fresh": test["fresh"]["accuracy"] if "fresh" in test else None,
+            "each": {part: [seed["accuracy"] for seed in numbers[part]["seeds"]] for part in ("validation", "test")},
             "minutes": result["minutes"], "ngrams": "ngrams" in result}, np.array([*numbers["predictions"]], dtype=int)
 
 

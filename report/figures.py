@@ -150,7 +150,7 @@ def learning(result: dict):
 def findings(result: dict, out: Path) -> None:
     """OUT/finding_{name}.png of every finding of a findings.json that is a picture."""
     for name, draw in FINDINGS.items():
-        if name in result:
+        if name in result and result[name].get("example", True):
             save(draw(result[name]), out / f"finding_{name}.png")
 
 
@@ -161,10 +161,10 @@ LAYER_NAMES = ("layer 0", "layer 1", "layer 2")
 def few_labels(r: dict):
     """Test accuracy by share of the labels, mean over seeds with their range."""
     figure, axes = new_figure(6.4, 4)
-    means = {name: [100 * np.mean(point["accuracy"]) for point in points] for name, points in r["systems"].items()}
+    means = {name: [100 * np.mean(point["test"]) for point in points] for name, points in r["systems"].items()}
     for name, points in r["systems"].items():
         title, colour, marker = SYSTEMS[name]
-        low, high = ([100 * f(point["accuracy"]) for point in points] for f in (min, max))
+        low, high = ([100 * f(point["test"]) for point in points] for f in (min, max))
         axes.plot(r["shares"], means[name], marker + "-", color=colour, label=title)
         axes.fill_between(r["shares"], low, high, color=colour, alpha=0.15, linewidth=0)
     axes.set(xscale="log", xlabel="labelled training rows (% of them, log scale)", ylabel="accuracy on test rows (%)")
@@ -173,7 +173,8 @@ def few_labels(r: dict):
     axes.minorticks_off()
     one, three = r["shares"].index(1.0), r["shares"].index(3.0)
     axes.set_title(f"With 1 % of the labels ELMo is right on {means['elmo'][one]:.1f} %, Word2Vec with 3 % on "
-                   f"{means['word2vec'][three]:.1f} %\n(n = 7,600 test rows; band: range over seeds)", fontsize=10)
+                   f"{means['word2vec'][three]:.1f} %\n(n = {r['measured']:,} test rows; band: range over seeds)",
+                   fontsize=10)
     axes.legend(fontsize=8, frameon=False, loc="lower right")
     return figure
 
@@ -185,7 +186,7 @@ def sense_bars(r: dict):
     bars = axes.bar(LAYER_NAMES, values, color=[GREY, BLUE, BLUE], width=0.6,
                     yerr=np.abs(spread.T - values), capsize=4, ecolor="black")
     axes.bar_label(bars, fmt="%.1f", label_type="center", color="white", fontsize=9)
-    axes.axhline(100 * r["majority"], color=ORANGE, linestyle="--", label="the word's most frequent class")
+    axes.axhline(100 * r["majority"], color=ORANGE, linestyle="--", label="the word's most frequent class in training")
     axes.set(ylabel="nearest use is of the same class (%)", ylim=(0, 100))
     best = r["best"]
     axes.set_title(f"Layer {best}, best on validation rows, finds a use of the same class in {values[best]:.1f} %\n"
@@ -208,7 +209,7 @@ def layer_weights(r: dict):
     axes.set_xticks(range(len(tasks)), [task.replace(", ", ",\n") for task in tasks], fontsize=8)
     axes.set(ylabel="softmax-normalised layer weight s")
     top = [task for task, run in r["tasks"].items() if np.mean(run["s"], axis=0).argmax() == 2]
-    axes.set_title(f"The top layer weighs most in {len(top)} of {len(tasks)} tasks\n"
+    axes.set_title(f"The top layer weighs most in {len(top)} of {len(tasks)} runs\n"
                    "(dots: seeds; dotted: equal weights)", fontsize=10)
     axes.legend(fontsize=8, frameon=False, ncols=3)
     return figure
@@ -235,15 +236,11 @@ def document_map(r: dict):
     """Test rows in the plane, coloured by class."""
     figure, axes = new_figure(6.2, 5)
     points, gold = np.stack([r["x"], r["y"]], axis=1), np.array(r["labels"])
-    for c, (name, colour, marker) in enumerate(zip(("World", "Sports", "Business", "Sci/Tech"),
-                                                   (BLUE, ORANGE, GREEN, GREY), "o^sD", strict=True)):
+    for c, (name, colour, marker) in enumerate(zip(r["names"], (BLUE, ORANGE, GREEN, GREY), "o^sD", strict=True)):
         axes.scatter(*points[gold == c].T, s=7, color=colour, marker=marker, label=name, alpha=0.6, linewidths=0)
-    gaps = np.square(points[:, None] - points[None]).sum(axis=2)
-    np.fill_diagonal(gaps, np.inf)
-    same = (gold[gaps.argmin(axis=1)] == gold).mean()
     axes.set(xlabel="t-SNE, first axis (no unit)", ylabel="t-SNE, second axis (no unit)")
-    axes.set_title(f"Documents lie by class although no label was used: {same:.0%} have a neighbour of their own\n"
-                   f"(n = {r['rows']:,} test rows, mean vector over words and layers)", fontsize=10)
+    axes.set_title(f"Without labels {r['same']:.0%} of the documents have a nearest neighbour of their own class\n"
+                   f"(n = {r['rows']:,} test rows, mean vector over words and layers, by cosine)", fontsize=10)
     axes.legend(fontsize=8, frameon=False, markerscale=2)
     return figure
 
@@ -260,10 +257,9 @@ def leak_test(r: dict):
         axes.set_ylabel("|change of the state|", fontsize=8)
         axes.legend(fontsize=8, frameon=False)
     panels[1].set_xticks(range(len(shown["tokens"])), shown["tokens"], rotation=60, ha="right", fontsize=8)
-    moved = r["moved_forward_before"] + r["moved_backward_after"]
-    figure.suptitle("A changed word moves no forward state before it and no backward one after it\n"
-                    f"(“{shown['new']}” at the dotted line; n = {r['rows']} test rows, {moved} with such a move)",
-                    fontsize=10)
+    figure.suptitle(f"A changed word moves {r['moved_forward_before'] or 'no'} forward states before it and "
+                    f"{r['moved_backward_after'] or 'no'} backward ones after it\n(shown: “{shown['new']}” at the "
+                    f"dotted line; n = {r['rows']} test rows)", fontsize=10)
     return figure
 
 

@@ -3,29 +3,33 @@
     python report/findings.py                   all of them, under 90 minutes on two cores; --resume keeps finished ones
     python report/findings.py --only senses     the named ones anew, the others as they are in the file
 
-Schema of findings.json: command, versions, machine, bilm (digest), and one entry by finding, each with its minutes:
-    labels (figure 1 of the paper): shares [% of the training rows], rows, systems.{elmo, word2vec, tfidf}: for every
-        share {accuracy: of each seed on all test rows, validation: the same there}; the last one is that of
-        classification.json and baselines.json. Each seed draws its own rows.
+Schema of findings.json: bilm (digest), and one entry by finding, each with its command, minutes, versions and machine:
+    labels (figure 1 of the paper): shares [% of the training rows], rows, measured (test rows), systems.{elmo,
+        word2vec, tfidf}: for every share {test: accuracy of each seed, validation: the same on a quarter of the
+        validation rows, of tfidf and of the last share on all}. The last share is that of classification.json and
+        baselines.json; below it each seed draws its own rows, the same for all systems
     mixes (tables 2 and 3): rows, seeds, variants.{name}: {validation, test: {mean, deviation}, s: of the first seed}
-    senses (section 5.3, word senses; the sense is taken as the class of the row): the rule, words.{word}: {uses,
-        majority: share of the most frequent class, layers: [share of uses whose nearest one is of their class]}, and
-        majority, layers, interval (95 %, bootstrap over words) over all uses; validation: the same on validation
-        rows, by which the best layer is told
-    neighbours (table 4): [{word, static: nearest words by x, uses: [{text, label, nearest, nearest_label, cosine}]}]
+    senses (section 5.3; the sense of a use is taken as the class of its row): the rule, pool, words.{word}: {uses,
+        majority: share that is of the word's most frequent class in training rows, layers: [share whose nearest use in
+        training rows is of their class; by layer 0, where all are as near, the expected share]}; uses, majority,
+        layers and interval (95 %, bootstrap over words) over all words; validation {uses, majority, layers}, best: the
+        layer that is best there
+    neighbours (table 4): words [{word, static: nearest words by x, uses: [{text, label, nearest, nearest_label,
+        cosine}]}]
     weights (figure 2): tasks.{name}: s of every seed, gamma
     heatmap: text, tokens, layers: [cosine similarity of each two words]
-    map: rows, x, y, labels: t-SNE of the documents' mean vectors
-    leaks: rows, changed, moved_forward_before, moved_backward_after (states that must not move and did: 0), and of one
-        row tokens, changed word, forward and backward: [|change| of layers 1 and 2 at each word]
+    map: rows, x, y, labels, names: t-SNE of the documents' mean vectors; same: share of rows whose nearest mean vector
+        by cosine is of their class
+    leaks: rows, changed (rows all of whose states of the new word are other ones), moved_forward_before and
+        moved_backward_after (states, by layer and word, that must not move and did); example: tokens, changed_word,
+        new, forward and backward [|change| of layers 1 and 2 at each word]
 """
-import json
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # run as `py
 
 import classification
 from classification import Config, Head, Layer, Linears, ScalarMix, Trainer, Vectors, dropout, vectors_of
-from data.files import InputError, read_text, write_json
+from data.files import InputError, write_json, written_json
 from data.knobs import Parser, script
 from data.machine import default_device, machine, versions
 from data.prepare import CACHE, Task, read_task
@@ -75,11 +79,15 @@ class Bed:
         return cls(folder, elmo, task, {"validation": Texts(some, elmo), "test": Texts(task.test, elmo, CACHE)})
 
     def published(self, name: str) -> dict:
-        """A JSON of the folder that is of this biLM; InputError where it is of another one or missing."""
-        result = json.loads(read_text(self.folder / f"{name}.json"))
-        if result["bilm"] != self.elmo.digest:
-            raise InputError(f"{self.folder / name}.json is of another biLM; make it anew first")
+        """A JSON of the folder that is of this biLM; InputError where it is of another one, damaged or missing."""
+        with written_json(self.folder / f"{name}.json") as result:
+            if result["bilm"] != self.elmo.digest:
+                raise InputError(f"{self.folder / name}.json is of another biLM; make it anew first")
         return result
+
+    @cached_property
+    def word2vec(self) -> Vectors:
+        return vectors_of(Config(vectors="word2vec"), self.elmo, self.task)
 
 
 # ------------------------------------------------------------------------------------------ labels (figure 1)
@@ -91,12 +99,12 @@ def few_labels(rows: int, share: float, seed: int, vectors: str) -> Config:
 
 def trained(config: Config, vectors: Vectors, bed: Bed, kind: type = Trainer) -> tuple[Trainer, dict[str, dict]]:
     """(trainer with its best weights, {part: {setting: (S, N, C)}} of validation and test rows)."""
-    task = read_task(config, bed.elmo.config)
+    task = bed.task.with_labels(config.rows, config.seed)
     parts = bed.parts | {"train": Texts(task.train, bed.elmo)}
     trainer = kind(config, vectors, parts, len(task.labels), range(config.seed, config.seed + config.seeds))
     trainer.interval = max(1, -(-trainer.steps // EVALUATIONS))
     run = classification.train(trainer)
-    if not run.finished:
+    if not run.finished or run.request.is_set():
         raise KeyboardInterrupt
     trainer.model.load_state_dict(run.best)
     return trainer, {part: trainer.probabilities(bed.parts[part]) for part in bed.parts}
@@ -108,32 +116,29 @@ def hits(p: Tensor, gold: Tensor) -> list[float]:
 
 
 def labels(bed: Bed) -> dict:
-    """Test accuracy of ELMo, Word2Vec and TF-IDF with few labelled rows; the vectors always from all texts."""
-    total = len(bed.task.train)
-    kinds = {kind: vectors_of(Config(vectors=kind), bed.elmo, bed.task) for kind in ("elmo", "word2vec")}
+    """Test accuracy of ELMo, Word2Vec and TF-IDF with few labelled rows; vectors and counts from all texts."""
+    full, others = bed.published("classification")["settings"]["trainable"], bed.published("baselines")["rows"]
+    kinds = {"elmo": vectors_of(Config(), bed.elmo, bed.task), "word2vec": bed.word2vec}
     systems = {name: [] for name in (*kinds, "tfidf")}
-    rows = [round(total * share / 100) for share in SHARES]
+    rows, counted = [round(len(bed.task.train) * share / 100) for share in SHARES], {}
     for share, n in zip(SHARES[:-1], rows, strict=False):
-        found = {name: {"accuracy": [], "validation": []} for name in systems}
+        found = {name: {"test": [], "validation": []} for name in systems}
         for seed in range(SEEDS[share]):
             for kind, vectors in kinds.items():
                 p = trained(few_labels(n, share, seed, kind), vectors, bed)[1]
-                for key, part in (("accuracy", "test"), ("validation", "validation")):
-                    found[kind][key] += hits(p[part]["trainable"], bed.parts[part].labels)
-            numbers, _ = tfidf(read_task(few_labels(n, share, seed, "elmo"), bed.elmo.config))
-            found["tfidf"]["accuracy"].append(numbers["test"]["mean"])
-            found["tfidf"]["validation"].append(numbers["validation"]["mean"])
+                for part in found[kind]:
+                    found[kind][part] += hits(p[part]["trainable"], bed.parts[part].labels)
+            numbers, _ = tfidf(bed.task.with_labels(n, seed), counted)
+            for part in found["tfidf"]:
+                found["tfidf"][part].append(numbers[part]["mean"])
         for name, numbers in found.items():
             systems[name].append(numbers)
-            print(f"{share:g} % of the labels, {name}: {np.mean(numbers['accuracy']):.2%}", flush=True)
-    full = bed.published("classification")["settings"]["trainable"]
-    others = bed.published("baselines")["rows"]
-    systems["elmo"].append({key: [seed["accuracy"] for seed in full[part]["seeds"]]
-                            for key, part in (("accuracy", "test"), ("validation", "validation"))})
-    for name in ("word2vec", "tfidf"):
-        systems[name].append({"accuracy": [others[name]["test"]["mean"]],
-                              "validation": [others[name]["validation"]["mean"]]})
-    return {"shares": list(SHARES), "rows": rows, "systems": systems}
+            print(f"{share:g} % of the labels, {name}: {np.mean(numbers['test']):.2%}", flush=True)
+    parts = ("test", "validation")
+    systems["elmo"].append({part: [seed["accuracy"] for seed in full[part]["seeds"]] for part in parts})
+    systems["word2vec"].append({part: others["word2vec"]["each"][part] for part in parts})
+    systems["tfidf"].append({part: [others["tfidf"][part]["mean"]] for part in parts})
+    return {"shares": list(SHARES), "rows": rows, "measured": len(bed.task.test), "systems": systems}
 
 
 # ------------------------------------------------------------------------------------- mixes (tables 2 and 3)
@@ -147,6 +152,8 @@ class WithWord2Vec(Vectors):
     def __call__(self, texts: Texts, rows: np.ndarray, dtype: torch.dtype, *about) -> tuple[Tensor, Tensor]:
         h, n = super().__call__(texts, rows, dtype, *about)                     # (3, 2, T, B, D)
         own, _ = self.static(texts, rows, dtype)                                # (1, 2, T, B, 300)
+        if h.shape[-1] < own.shape[-1]:
+            raise InputError(f"the biLM's layers have {h.shape[-1]} numbers a word; the finding `mixes` needs {STATIC}")
         return torch.cat([h, F.pad(own, (0, h.shape[-1] - own.shape[-1]))]), n
 
 
@@ -161,6 +168,8 @@ class Variant(Head):
     """A head by its name in LAYERS, STRENGTHS or PLACES: which layers it mixes, how freely, and where they enter.
 
     lambda: |w|^2 is added to the loss so many times, which draws s towards the plain average (paper, section 3.2).
+    ELMo at the output stands beside the LSTM's states where these are pooled; at both places it is one mix, where the
+    paper learns two.
     """
 
     def __init__(self, config: Config, name: str, J: int, D: int, classes: int):
@@ -180,7 +189,10 @@ class Variant(Head):
         x = torch.cat([static] * self.reads_static + [mix] * self.reads_mix, dim=-1)
         x = dropout(x, (self.S, 1, 1, *x.shape[3:]), self.config.dropout, generator)
         h = self.lstm(x.flatten(0, 1))                                          # (2 S, T, B, H)
-        h = (torch.cat([h, mix.flatten(0, 1)], dim=-1) if self.adds_mix else h).transpose(1, 2)
+        if self.adds_mix:
+            mix = dropout(mix, (self.S, 1, 1, *mix.shape[3:]), self.config.dropout, generator)
+            h = torch.cat([h, mix.flatten(0, 1)], dim=-1)
+        h = h.transpose(1, 2)                                                   # (2 S, B, T, H or H + D)
         text = self.pool(h, torch.arange(h.shape[2], device=h.device) < n[:, None])
         return self.out(dropout(text, text.shape, self.config.dropout, generator)).float()
 
@@ -198,7 +210,7 @@ def mixes(bed: Bed) -> dict:
     """All layers against one, how free s is, where ELMo enters: side by side on a twentieth of the labels."""
     rows = len(bed.task.train) // 20
     config = Variants(rows=rows, seeds=3, epochs=5.0, log_every=100)
-    vectors = WithWord2Vec(*(vectors_of(Config(vectors=kind), bed.elmo, bed.task) for kind in ("elmo", "word2vec")))
+    vectors = WithWord2Vec(vectors_of(Config(), bed.elmo, bed.task), bed.word2vec)
     trainer, p = trained(config, vectors, bed, VariantTrainer)
     variants = {}
     for name in config.settings:
@@ -308,9 +320,10 @@ def told_apart(bed: Bed, part: str, least: int) -> dict:
     words, out, right = list(query), {}, {}
     for word in words:
         q, p = query[word], pool[word]
-        right[word] = np.stack([p.classes[nearest(q, p, asked, known, layer)] == q.classes for layer in range(3)])
-        out[word] = {"uses": len(q.rows), "majority": float(np.bincount(q.classes).max() / len(q.rows)),
-                     "layers": right[word].mean(axis=1).tolist()}
+        same = (p.classes == q.classes[:, None]).mean(axis=1)       # layer 0: all uses are as near, any is as good
+        right[word] = np.stack([same, *(p.classes[nearest(q, p, asked, known, j)] == q.classes for j in (1, 2))])
+        majority = float((q.classes == np.bincount(p.classes).argmax()).mean())
+        out[word] = {"uses": len(q.rows), "majority": majority, "layers": right[word].mean(axis=1).tolist()}
     sizes = np.array([out[word]["uses"] for word in words], dtype=float)
     sums = np.stack([right[word].sum(axis=1) for word in words])                # (words, 3)
     drawn = np.random.default_rng(0).integers(len(words), size=(2_000, len(words)))
@@ -367,9 +380,11 @@ def documents(bed: Bed, rows: int = 2_000) -> dict:
     chosen = np.sort(np.random.default_rng(0).permutation(len(bed.task.test))[:rows])
     texts = [bed.task.test.texts[i][0] for i in chosen]
     means = torch.stack([h.mean(dim=(0, 1)) for h in bed.elmo.embed_stream(texts, "bf16")])     # (rows, D)
+    unit = F.normalize(means, dim=1)
+    gold, near = bed.task.test.labels[chosen], (unit @ unit.T).fill_diagonal_(-1).argmax(dim=1).numpy()
     xy = TSNE(metric="cosine", init="pca", random_state=0).fit_transform((means - means.mean(dim=0)).numpy())
     return {"rows": len(texts), "x": xy[:, 0].round(2).tolist(), "y": xy[:, 1].round(2).tolist(),
-            "labels": bed.task.test.labels[chosen].tolist()}
+            "labels": gold.tolist(), "names": bed.task.labels, "same": float((gold[near] == gold).mean())}
 
 
 def leaks(bed: Bed, rows: int = 500) -> dict:
@@ -384,11 +399,11 @@ def leaks(bed: Bed, rows: int = 500) -> dict:
         if bed.elmo.tokenize(" ".join(tokens)) != tokens or bed.elmo.tokenize(" ".join(other)) != other:
             continue        # its marks would be cut otherwise once they stand apart
         a, b = (bed.elmo.embed([" ".join(words)])[0] for words in (tokens, other))
-        moved = (a != b).any(dim=0)                                             # (n, D)
+        moved = (a != b).unflatten(2, (2, half)).any(dim=3)                     # (3, n, 2): layer, word, direction
         out["rows"] += 1
-        out["changed"] += int(moved[k].any())
-        out["moved_forward_before"] += int(moved[:k, :half].any())
-        out["moved_backward_after"] += int(moved[k + 1:, half:].any())
+        out["changed"] += int(moved[:, k].all())
+        out["moved_forward_before"] += int(moved[:, :k, 0].sum())
+        out["moved_backward_after"] += int(moved[:, k + 1:, 1].sum())
         if shown is None and 12 <= len(tokens) <= 20 and 4 <= k < len(tokens) - 4:
             gap = (a - b)[1:]                                                   # (2, n, D)
             shown = {"tokens": tokens, "changed_word": k, "new": new, "forward": gap[..., :half].norm(dim=2).tolist(),
@@ -413,17 +428,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     wanted = options.only.split(",") if options.only else list(FINDINGS)
     if unknown := sorted(set(wanted) - set(FINDINGS)):
         raise InputError(f"--only names {unknown[0]!r}; expected some of {', '.join(FINDINGS)}")
-    bed, file = Bed.of(options.out), options.out / "findings.json"
-    old = json.loads(read_text(file)) if file.exists() else {}
-    result = old if old.get("bilm") == bed.elmo.digest else {}
+    bed, file, result = Bed.of(options.out), options.out / "findings.json", {}
+    if file.exists():
+        with written_json(file) as old:
+            result = old if old["bilm"] == bed.elmo.digest else {}
     for name in wanted:
         if options.resume and name in result:
             continue
         begin = time.perf_counter()
-        result[name] = FINDINGS[name](bed)
-        result[name]["minutes"] = (time.perf_counter() - begin) / 60
-        result |= {"command": " ".join(["python", "report/findings.py", *argv]), "bilm": bed.elmo.digest,
-                   "versions": versions(), "machine": machine(torch.device(default_device()))}
+        result = {"bilm": bed.elmo.digest} | result | {name: FINDINGS[name](bed) | {
+            "command": f"python report/findings.py --only {name}", "minutes": (time.perf_counter() - begin) / 60,
+            "versions": versions(), "machine": machine(torch.device(default_device()))}}
         write_json(file, result)
         print(f"{name}: {result[name]['minutes']:.1f} minutes", flush=True)
     figures.findings(result, options.out)

@@ -172,33 +172,42 @@ exact two-sided McNemar test, not corrected for their number. TF-IDF is one mode
 Made by `{r['command']}` in {r['minutes']:.0f} minutes."""
 
 
+def findings(r: dict) -> str:
+    """The paper's findings, as far as they are there: few labels, variants of the mix, senses, leaks."""
+    lines = []
+    if "labels" in r:
+        shares = [f"{share:g} %" for share in r["labels"]["shares"]]
+        lines += [f"| test accuracy with labels of | {' | '.join(shares)} |", "|---|" + "--:|" * len(shares)]
+        for name, points in r["labels"]["systems"].items():
+            means = [f"{100 * sum(point['test']) / len(point['test']):.1f}" for point in points]
+            lines.append(f"| {NAMES.get(name, 'ELMo, trainable')} | {' | '.join(means)} |")
+        lines += ["", made_finding(r["labels"]), ""]
+    if "mixes" in r:
+        lines += [f"| with {r['mixes']['rows']:,} labelled rows | validation | test |", "|---|--:|--:|"]
+        lines += [f"| {name} | {share_of(n['validation'])} | {share_of(n['test'])} |"
+                  for name, n in r["mixes"]["variants"].items()]
+        lines += ["", made_finding(r["mixes"]), ""]
+    if "senses" in r:
+        n = r["senses"]
+        layers = ["nearest use, " + f"layer {j} | {100 * value:.1f}" for j, value in enumerate(n["layers"])]
+        lines += [f"| uses of {len(n['words'])} nouns whose class is told ({n['uses']:,} in test rows) | % |",
+                  "|---|--:|", f"| the word's most frequent class | {100 * n['majority']:.1f} |",
+                  *(f"| {layer} |" for layer in layers), "", made_finding(n), ""]
+    if "leaks" in r:
+        n = r["leaks"]
+        lines += [f"In {n['rows']} test rows one word became another: {n['moved_forward_before']} forward states "
+                  f"before it and {n['moved_backward_after']} backward ones after it moved. {made_finding(n)}"]
+    return "\n".join(lines)
+
+
+def made_finding(n: dict) -> str:
+    """How one of them came about."""
+    return f"Made by `{n['command']}` in {n['minutes']:.0f} minutes."
+
+
 NAMES = {"tfidf": "linear TF-IDF", "word2vec": "Word2Vec", "svd": "SVD", "layer0": "layer 0 alone",
          "layer2": "top layer alone", "average": "plain average of the layers", "untrained": "untrained biLM",
          "finetuned": "ELMo, fine-tuned"}
-def findings(r: dict) -> str:
-    """The paper's findings in a line each, then which variant of the mix is worth what."""
-    share, found = r["labels"]["shares"], r["labels"]["systems"]
-    def at(name: str, percent: float) -> float:
-        values = found[name][share.index(percent)]["accuracy"]
-        return 100 * sum(values) / len(values)
-    lines = ["| labels | " + " | ".join(f"{s:g} %" for s in share) + " |", "|---|" + "--:|" * len(share)]
-    lines += [f"| {NAMES.get(name, 'ELMo, trainable')} | " + " | ".join(f"{at(name, s):.1f}" for s in share) + " |"
-              for name in found]
-    senses, leaks = r["senses"], r["leaks"]
-    layers = ", ".join(f"{100 * value:.1f}" for value in senses["layers"])
-    lines += ["", "| variant, a twentieth of the labels | validation | test |", "|---|--:|--:|"]
-    lines += [f"| {name} | {share_of(n['validation'])} | {share_of(n['test'])} |"
-              for name, n in r["mixes"]["variants"].items()]
-    minutes = sum(value["minutes"] for value in r.values() if isinstance(value, dict) and "minutes" in value)
-    return "\n".join(lines) + f"""
-
-Accuracy in percent. Of {senses['uses']:,} uses of {len(senses['words'])} ambiguous nouns in test rows, the
-nearest use of the word in training rows is of the same class in {layers} % by layer 0, 1 and 2; the word's most
-frequent class has {100 * senses['majority']:.1f} %. In {leaks['rows']} test rows one word became another:
-{leaks['moved_forward_before']} forward states before it and {leaks['moved_backward_after']} backward ones after moved.
-Made by `{r['command']}` in {minutes:.0f} minutes."""
-
-
 BLOCKS: dict[str, Callable[[dict], str]] = {
     "pretraining": pretraining, "bench": bench, "faults": faults, "baselines": baselines, "findings": findings,
     **dict.fromkeys(("classification", "finetuned", "titled", "sst2", "sst5", "nli"), classification)}

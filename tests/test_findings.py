@@ -1,6 +1,7 @@
 """What report/ measures beside the scripts' own numbers: senses, leaks, variants of the mix, sweeps, trackers."""
 import json
 import os
+import signal
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -9,12 +10,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SENTENCES
+from conftest import ROOT, SENTENCES, tiny
 
 import ELMO
 from data.prepare import Part, Task
 from data.text import Texts
-from report import findings, sweep
+from report import figures, findings, readme, sweep
 from report.findings import Uses, Variant, Variants, nearest
 
 SMALL = ["--hidden", "12", "--validation", "60", "--epochs", "2", "--batch-tokens", "300", "--negatives", "50",
@@ -71,13 +72,13 @@ def test_a_strong_lambda_keeps_the_layers_equal_and_variants_see_what_their_name
     try:
         for name in config.settings:
             head = Variant.of_seeds([0, 1], config, name, 4, 8, 2)
-            adam = torch.optim.SGD(head.parameters(), lr=0.5)
+            sgd = torch.optim.SGD(head.parameters(), lr=0.5)
             for _ in range(20):
                 loss = torch.nn.functional.cross_entropy(head(h, n)[0], gold) * 100
-                adam.zero_grad()
+                sgd.zero_grad()
                 loss.backward()
                 head.clip(1.0)
-                adam.step()
+                sgd.step()
             out = head(h, n)
             moved[name] = [not torch.equal(out, head(h.index_fill(0, torch.tensor(j), 0.3), n)) for j in range(4)]
             assert out.shape == (2, 6, 2)
@@ -92,6 +93,41 @@ def test_a_strong_lambda_keeps_the_layers_equal_and_variants_see_what_their_name
     assert moved["Word2Vec"] == [False, False, False, True]
     assert all(all(moved[name]) for name in config.settings if "ELMo at" in name)
     assert (strong - 1 / 3).abs().max() < (free - 1 / 3).abs().max()
+
+
+def test_a_use_is_of_the_class_of_its_nearest_use_and_layer_0_is_worth_its_share(elmo, monkeypatch):
+    bed = bed_of(elmo, SENTENCES)
+    pool = Uses(unit([1, 0], [0, 1], [0.1, 1], [0.2, 1]), np.arange(4), np.array([0, 1, 1, 1]))
+    query = Uses(unit([1, 0.1], [0.1, 1], [0, 1]), np.arange(3), np.array([0, 0, 1]))
+    rows = [[str(i)] for i in range(4)]
+    monkeypatch.setattr(findings, "found_uses", lambda *about: ({"word": query}, {"word": pool}, rows, rows))
+    found = findings.told_apart(bed, "test", 1)
+    assert found["layers"] == pytest.approx([(1 / 4 + 1 / 4 + 3 / 4) / 3, 2 / 3, 2 / 3])
+    assert found["majority"] == pytest.approx(1 / 3) and found["uses"] == 3     # class 1, the pool's, is one of three
+
+
+def test_every_finding_is_drawn_and_told_in_the_readme_also_where_some_are_missing(tmp_path):
+    point = {"test": [0.8, 0.9], "validation": [0.8, 0.9]}
+    share = {"mean": 0.9, "deviation": 0.01}
+    about = {"command": "python report/findings.py --only it", "minutes": 1.2}
+    cosines = np.full((3, 4, 4), 0.5).tolist()
+    made = {
+        "labels": {"shares": list(findings.SHARES), "rows": [1] * 7, "measured": 7, "systems": {
+            name: [point] * 7 for name in ("elmo", "word2vec", "tfidf")}},
+        "mixes": {"rows": 5, "seeds": 2, "variants": {"layer 0": {"validation": share, "test": share, "s": None}}},
+        "senses": {"words": {"bank": {}}, "uses": 9, "majority": 0.4, "layers": [0.3, 0.7, 0.6], "best": 1,
+                   "interval": [[0.2, 0.4], [0.6, 0.8], [0.5, 0.7]]},
+        "weights": {"tasks": {"AG News": {"s": [[0.2, 0.3, 0.5]], "gamma": [1.0]}}},
+        "heatmap": {"tokens": ["the", "bank", "a", "bank"], "layers": cosines},
+        "map": {"rows": 2, "x": [0, 1], "y": [1, 0], "labels": [0, 3], "names": list("abcd"), "same": 0.5},
+        "leaks": {"rows": 3, "changed": 3, "moved_forward_before": 0, "moved_backward_after": 0, "example": {
+            "tokens": ["a", "b"], "changed_word": 1, "new": "c", "forward": [[0, 1]] * 2, "backward": [[1, 1]] * 2}}}
+    made = {name: numbers | about for name, numbers in made.items()}
+    figures.findings(made, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {f"finding_{name}.png" for name in made if name != "mixes"}
+    text = readme.findings(made)
+    assert "| 85.0 |" in text and "| layer 0 | 90.00 ± 1.00 | 90.00 ± 1.00 |" in text and "| 70.0 |" in text
+    assert readme.findings({"bilm": "0"}) == "" and "70.0" in readme.findings({"senses": made["senses"]})
 
 
 def test_findings_of_another_bilm_are_refused(elmo, tmp_path):
@@ -116,6 +152,28 @@ def test_a_tracked_run_has_the_numbers_of_its_json(corpus, tmp_path):
     assert found.Scalars("training/nats")[0].step == 20
 
 
+def test_a_resumed_runs_curve_has_every_step_once(builtin, tmp_path):
+    if find_spec("tensorboard") is None:
+        pytest.skip("tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    config, texts = tiny(track="tensorboard", log_every=1, epochs=6.0), SENTENCES * 4
+    def trainer() -> ELMO.Trainer:
+        data = ELMO.Data.of(texts, config, np.arange(12), np.arange(12, 16))
+        return ELMO.Trainer(config, data, torch.device("cpu"))
+    first, file = trainer(), tmp_path / "bilstm.resume.pt"
+    whole = first.steps
+    def stopping(step: int) -> tuple[float, int]:
+        if step == whole // 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return ELMO.Trainer.step(first, step)
+    first.step = stopping
+    assert not ELMO.train(first, file).finished
+    run = ELMO.train(trainer(), file, resume=True)
+    found = EventAccumulator(str(tmp_path / "tensorboard" / "bilstm")).Reload()
+    assert [event.step for event in found.Scalars("training/nats")] == list(range(1, whole + 1))
+    assert [event.step for event in found.Scalars("validation_perplexity/0")] == [e["step"] for e in run.history]
+
+
 def test_a_tracker_that_is_not_installed_is_named_before_anything_is_done(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("data.track.find_spec", lambda name: None)
     assert ELMO.main(["--out", str(tmp_path / "out"), "--track", "wandb"]) == 2
@@ -123,7 +181,7 @@ def test_a_tracker_that_is_not_installed_is_named_before_anything_is_done(tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def test_a_sweep_keeps_the_best_knobs_for_config_and_goes_on_where_it_stopped(builtin, tmp_path, capsys, monkeypatch):
+def test_a_sweep_keeps_the_best_knobs_for_config_and_goes_on_where_it_stopped(builtin, tmp_path, monkeypatch):
     argv = ["ELMO.py", "--search", "lr=0.0001:0.02:log", "--search", "skip=true,false", "--out", str(tmp_path), "--",
             *SMALL]
     seen = []
@@ -137,20 +195,26 @@ def test_a_sweep_keeps_the_best_knobs_for_config_and_goes_on_where_it_stopped(bu
     assert len(seen) == 3
     best = min(seen, key=lambda run: run.lowest).trainer.config
     config, _ = ELMO.script_arguments(["--config", str(tmp_path / "ELMO.toml")], ELMO.Config, "", "", tmp_path, {})
-    assert (config.lr, config.skip, config.hidden) == (best.lr, best.skip, 12)
-    assert "test" not in capsys.readouterr().err
+    assert (config.lr, config.skip, config.hidden) == (best.lr, best.skip, ELMO.Config().hidden)    # no fixed one
 
 
 @pytest.mark.parametrize("search, message", [
-    ([], "nothing is searched"), (["colour=1:2"], "expected a knob"), (["lr=1"], None), (["lr=0.1:0.01"], "no range"),
-    (["lr=0:1:log"], "LOW above 0"), (["skip=maybe"], "no range of bool"), (["hidden=1.5:3"], "no range of int"),
-    (["representation=a:b"], "no range of str")])
+    ([], "nothing is searched"), (["colour=1:2"], "no knob to search"), (["min_count=1:5"], "no knob to search"),
+    (["lr=0.1:0.01"], "no range"), (["lr=0.1:inf"], "no range"), (["lr=0:1:log"], "LOW above 0"),
+    (["skip=maybe"], "no range of bool"), (["hidden=1.5:3"], "no range of int"), (["precision=a:b"], "no range of str"),
+    (["dropout=0:2"], "dropout is 2"), (["precision=fp32,fp7"], "precision is 'fp7'")])
 def test_a_wrong_range_is_named_in_one_sentence(search, message):
-    if message is None:
-        assert sweep.ranges(search, ELMO.Config) == {"lr": [1.0]}
-        return
     with pytest.raises(ELMO.InputError, match=message):
-        sweep.ranges(search, ELMO.Config)
+        sweep.ranges(search, ELMO.Config())
+
+
+def test_knobs_that_no_trial_heeds_and_files_that_are_no_study_are_refused(builtin, tmp_path, capsys):
+    argv = ["ELMO.py", "--search", "dropout=0:0.4", "--out", str(tmp_path), "--", *SMALL]
+    assert sweep.main([*argv, "--track", "tensorboard"]) == 2 and "does nothing" in capsys.readouterr().err
+    (tmp_path / "studies.db").write_bytes(b"no database at all" * 100)
+    assert sweep.main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "studies.db cannot be used" in error
 
 
 def test_a_stopped_trial_ends_the_sweep_and_a_loss_that_is_not_finite_does_not():
@@ -159,5 +223,7 @@ def test_a_stopped_trial_ends_the_sweep_and_a_loss_that_is_not_finite_does_not()
     assert sweep.lowest(not_finite) == float("inf")
     with pytest.raises(KeyboardInterrupt):
         sweep.lowest(lambda: SimpleNamespace(finished=False))
+    with pytest.raises(KeyboardInterrupt):          # Ctrl-C while the last evaluation ran
+        sweep.lowest(lambda: SimpleNamespace(finished=True, request=SimpleNamespace(is_set=lambda: True)))
     with pytest.raises(ELMO.InputError, match="missing"):
         sweep.lowest(lambda: (_ for _ in ()).throw(ELMO.InputError("missing")))
