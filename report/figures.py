@@ -42,6 +42,13 @@ def new_figure(width: float, height: float):
     return figure, axes
 
 
+def heat_map(axes, values: np.ndarray, names: list[str], most: float, rotation: float = 0):
+    """The picture of a square matrix from 0 to `most`, the same names along both sides."""
+    axes.set_xticks(range(len(names)), names, rotation=rotation, fontsize=8)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    return axes.imshow(values, cmap="cividis", vmin=0, vmax=most)
+
+
 def curves(result: dict):
     """Perplexity after each epoch: validation rows in both directions, training rows, and Kneser-Ney as a line."""
     history = result["history"]
@@ -75,9 +82,7 @@ def words_confused(result: dict):
     words, counts = result["confusion"]["words"], np.array(result["confusion"]["counts"], dtype=float)
     share = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     figure, axes = new_figure(8.4, 7.6)
-    image = axes.imshow(share, cmap="cividis", vmin=0, vmax=100)
-    axes.set_xticks(range(len(words)), words, rotation=90, fontsize=8)
-    axes.set_yticks(range(len(words)), words, fontsize=8)
+    image = heat_map(axes, share, words, 100, rotation=90)
     for i, j in zip(*np.nonzero(share >= 5), strict=True):
         axes.text(j, i, f"{share[i, j]:.0f}", ha="center", va="center", fontsize=6,
                   color="black" if share[i, j] > 55 else "white")
@@ -105,10 +110,8 @@ def classes_confused(result: dict, setting: str, part: str):
     counts = np.array(numbers["together"]["confusion"])
     share = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     figure, axes = new_figure(1.15 * len(labels) + 1.6, len(labels) + 1.2)
-    image = axes.imshow(share, cmap="cividis", vmin=0, vmax=100)
+    image = heat_map(axes, share, labels, 100, rotation=20 if len(labels) > 4 else 0)
     axes.spines[:].set_visible(False)
-    axes.set_xticks(range(len(labels)), labels, fontsize=8, rotation=20 if len(labels) > 4 else 0)
-    axes.set_yticks(range(len(labels)), labels, fontsize=8)
     for i in range(len(labels)):
         for j in range(len(labels)):
             axes.text(j, i, f"{counts[i, j]:,}\n{share[i, j]:.1f} %", ha="center", va="center", fontsize=8,
@@ -220,9 +223,7 @@ def similarity(r: dict):
     figure = Figure(figsize=(10.2, 4))
     panels, layers = figure.subplots(1, 3, sharey=True), np.array(r["layers"])
     for j, axes in enumerate(panels):
-        image = axes.imshow(layers[j], cmap="cividis", vmin=0, vmax=1)
-        axes.set_xticks(range(len(r["tokens"])), r["tokens"], rotation=90, fontsize=8)
-        axes.set_yticks(range(len(r["tokens"])), r["tokens"], fontsize=8)
+        image = heat_map(axes, layers[j], r["tokens"], 1, rotation=90)
         axes.set_xlabel(LAYER_NAMES[j], fontsize=9)
     word = max((t for t in r["tokens"] if r["tokens"].count(t) == 2 and t != "the"), key=len)
     a, b = (i for i, token in enumerate(r["tokens"]) if token == word)

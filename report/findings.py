@@ -86,6 +86,11 @@ class Bed:
         return result
 
     @cached_property
+    def known(self) -> list[list[str]]:
+        """Tokens of the training rows."""
+        return [self.elmo.tokenize(text) for text in texts_of(self, "train")]
+
+    @cached_property
     def word2vec(self) -> Vectors:
         return vectors_of(Config(vectors="word2vec"), self.elmo, self.task)
 
@@ -248,13 +253,13 @@ def nouns(bed: Bed, tokens: list[list[str]]) -> set[str]:
     return {word for word, n in like.items() if n >= NOUN * seen[word] and word.isalpha() and word in known}
 
 
-def ambiguous(bed: Bed, tokens: list[list[str]], part: str, least: int = LEAST) -> list[str]:
-    """Nouns of a part's rows by RULE, in the order of the alphabet."""
-    counts, gold = {}, getattr(bed.task, part).labels
-    for row, text in enumerate(getattr(bed.task, part).texts):
-        for word in bed.elmo.tokenize(text[0]):
+def ambiguous(bed: Bed, asked: list[list[str]], gold: np.ndarray, least: int) -> list[str]:
+    """Nouns of rows of these tokens and classes by RULE, in the order of the alphabet."""
+    counts = {}
+    for row, tokens in enumerate(asked):
+        for word in tokens:
             counts.setdefault(word, np.zeros(len(bed.task.labels)))[gold[row]] += 1
-    known = nouns(bed, tokens)
+    known = nouns(bed, bed.known)
     return sorted(word for word, n in counts.items()
                   if word in known and n.sum() >= least and n.max() <= MOST * n.sum())
 
@@ -293,12 +298,12 @@ def nearest(query: Uses, pool: Uses, asked: list[list[str]], known: list[list[st
 @lru_cache(maxsize=1)
 def found_uses(bed: Bed, part: str, least: int) -> tuple[dict[str, Uses], dict[str, Uses], list, list]:
     """(uses in the part's rows, uses in training rows, tokens of either's rows) of the words that RULE names."""
-    known, asked = ([bed.elmo.tokenize(text) for text in texts_of(bed, name)] for name in ("train", part))
-    words = ambiguous(bed, known, part, least)
+    asked, gold = [bed.elmo.tokenize(text) for text in texts_of(bed, part)], getattr(bed.task, part).labels
+    words = ambiguous(bed, asked, gold, least)
     if not words:
         raise InputError(f"no word of the {part} rows is ambiguous by the rule; there is no sense to find")
-    pool = uses(bed, texts_of(bed, "train"), known, bed.task.train.labels, words, POOL)
-    return uses(bed, texts_of(bed, part), asked, getattr(bed.task, part).labels, words), pool, asked, known
+    pool = uses(bed, texts_of(bed, "train"), bed.known, bed.task.train.labels, words, POOL)
+    return uses(bed, texts_of(bed, part), asked, gold, words), pool, asked, bed.known
 
 
 def texts_of(bed: Bed, part: str) -> list[str]:
