@@ -1,5 +1,6 @@
 """--track: a run's curves to TensorBoard or Weights & Biases, neither of which is imported unless asked for."""
 import os
+import uuid
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -41,7 +42,7 @@ class Tracker:
             import wandb
             mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
             file = folder / kind / f"{name}.id"
-            known = file.read_text() if step and file.exists() else wandb.util.generate_id()
+            known = file.read_text() if step and file.exists() else uuid.uuid4().hex
             write_atomically(file, lambda part: part.write(known.encode()))
             try:
                 self.run = wandb.init(project="elmo", name=name, dir=folder, config=config, mode=mode, id=known,
