@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from data.files import InputError, fitting, read_published, write_npz, write_published
 from data.knobs import check_knobs, knob, script, script_arguments
-from data.machine import compute_dtype, default_device, fast_bf16, join_processes, sum_over_processes
+from data.machine import compute_dtype, default_device, fast_bf16, join_processes, on_each_core, sum_over_processes
 from data.prepare import CACHE, check_texts, split, word2vec
 from data.progress import Run, rate
 from data.text import BOS, EOS, PAD, SPECIAL, Data, Encoded, Vocabulary, batches, tokenize, tokenized
@@ -113,8 +113,7 @@ class CharacterCNN(nn.Module):
         x = torch.cat([conv(x).amax(dim=2).relu() for conv in self.convolutions], dim=1)    # (words, size)
         for layer in self.highways:
             value, gate = layer(x).chunk(2, dim=1)
-            gate = gate.sigmoid()
-            x = gate * value.relu() + (1 - gate) * x
+            x = x.lerp(value.relu(), gate.sigmoid())
         return self.project(x)
 
 
@@ -391,8 +390,7 @@ def full_softmax(model: BiLM, h: Tensor, y: Tensor, details: bool = False) -> tu
 class Scores:
     """Per direction (forward, backward) and row: nats (2, rows), tokens (rows,) predicted, each end symbol included.
 
-    With details also, per direction and predicted token: its row, the gold word, the best one, and the rank (number of
-    words scored above the gold one).
+    With details also, per direction and predicted token: row, gold word, best word, rank (words scored above gold).
     """
     nats: np.ndarray
     tokens: np.ndarray
@@ -646,14 +644,16 @@ class ELMo:
     def _stream(self, texts: Iterator[str], dtype: torch.dtype, window: int) -> Iterator[Tensor]:
         while chunk := list(islice(texts, window)):
             encoded = self.encode(chunk)
-            out, lengths = [None] * len(chunk), np.diff(encoded.tokens.offsets)
-            for rows in batches(lengths, 3000):
-                x, _ = collate(encoded, rows)
+            out, n = [None] * len(chunk), np.diff(encoded.tokens.offsets)
+            def embed(rows: np.ndarray, encoded=encoded, out=out, n=n) -> None:
+                x = collate(encoded, rows)[0].to(self.model.table.device)
                 with torch.inference_mode():
-                    x = self.model.represent(x.to(self.model.table.device), chars=encoded.chars)
-                    h = torch.stack(self.model.states(x, dtype)).permute(1, 3, 0, 2, 4).float().cpu()  # (2, B, 3, T, P)
-                for b, (row, n) in enumerate(zip(rows, lengths[rows], strict=True)):
-                    out[row] = torch.cat([h[0, b, :, 1:n + 1], h[1, b, :, 1:n + 1].flip(1)], dim=-1)    # (3, n, D)
+                    h = self.model.states(self.model.represent(x, chars=encoded.chars), dtype)
+                    h = torch.stack(h).permute(1, 3, 0, 2, 4).float().cpu()                     # (2, B, 3, T, P)
+                for b, row in enumerate(rows):
+                    forward, backward = h[:, b, :, 1:n[row] + 1]                                # (3, n, P)
+                    out[row] = torch.cat([forward, backward.flip(1)], dim=-1)                   # (3, n, D)
+            on_each_core(embed, batches(n, 1500), self.model.table.device)
             yield from out
 
     def score(self, texts: Sequence[str]) -> dict:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 import ELMO
 from data.files import InputError, fitting, print_predictions, read_published, write_published
 from data.knobs import check_knobs, knob, script, script_arguments
-from data.machine import compute_dtype, default_device
+from data.machine import compute_dtype, default_device, on_each_core
 from data.ngrams import Ngrams
 from data.prepare import CACHE, Part, Task, check_rows, read_task, split, static_vectors
 from data.progress import Run, rate
@@ -69,7 +69,7 @@ class Config:
     lr: float = knob(4e-3, "highest learning rate of the head (AdamW)", most=10)
     mix_lr: float = knob(2e-2, "highest learning rate of w and gamma", most=10)
     bilm_lr: float = knob(4e-3, "finetune: that of the biLM's top layer; each layer below has 1 / 2.6 of it", most=10)
-    bilm_dropout: float = knob(0.1, "finetune: share of units left out of x, h_1 and h_2, as in pretraining", most=0.95)
+    bilm_dropout: float = knob(0.1, "finetune: share of units left out of x, h_1 and h_2", most=0.95)
     unfreeze: float = knob(0.05, "finetune: share of the steps between unfreezing layer 2, 1 and 0", most=0.5)
     warmup: float = knob(0.03, "share of the steps in which the rate rises; then it falls as a cosine", most=1)
     weight_decay: float = knob(0.01, "AdamW's, of the head", most=10)
@@ -217,8 +217,7 @@ class Head(nn.Module):
         (a, b), (at_a, at_b) = h.chunk(2, dim=1), inside.chunk(2)               # (2 S, N, T, H), (N, T)
         match = a @ b.transpose(2, 3) / math.sqrt(a.shape[-1])                  # (2 S, N, T, T)
         sides = []
-        turned = match.transpose(2, 3)
-        for own, other, scores, mine, theirs in ((a, b, match, at_a, at_b), (b, a, turned, at_b, at_a)):
+        for own, other, scores, mine, theirs in ((a, b, match, at_a, at_b), (b, a, match.transpose(2, 3), at_b, at_a)):
             scores = scores.float().masked_fill(~theirs[:, None], -1e9).softmax(dim=-1)
             found = scores.masked_fill(~theirs[:, None], 0).to(own.dtype) @ other   # nothing of a side without words
             both = torch.cat([own, found, (own - found).abs(), own * found], dim=-1)        # (2 S, N, T, 4H)
@@ -453,15 +452,16 @@ class Trainer:
         return probabilities({s: self.model[s] for s in self.config.settings}, vectors, part, self.dtype, rows)
 
 
-@torch.no_grad()
 def probabilities(heads: dict[str, Head], vectors: Vectors, part: Texts, dtype, rows=None) -> dict[str, Tensor]:
     """{setting: (S, N, C)} for some rows of a part, or all; no dropout."""
     rows = np.arange(len(part.lengths)) if rows is None else rows
     out = {name: torch.zeros(head.S, len(rows), head.out.bias.shape[2]) for name, head in heads.items()}
-    for batch in batches(part.lengths[rows], 3000 // (1 + part.pair)):
+    @torch.no_grad()
+    def measure(batch: np.ndarray) -> None:
         h, n = vectors(part, rows[batch], dtype)
         for name, head in heads.items():
             out[name][:, batch] = head(h, n).softmax(dim=-1).cpu()
+    on_each_core(measure, batches(part.lengths[rows], 3000 // (1 + part.pair)), vectors.model.table.device)
     return out
 
 

@@ -5,6 +5,8 @@ import os
 import platform
 import signal
 import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import numpy as np
@@ -52,6 +54,23 @@ def sum_over_processes(tensors: list[torch.Tensor]) -> None:
         dist.all_reduce(flat)
         for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(total.view_as(tensor))
+
+
+def on_each_core(call: Callable, items: Sequence, device: torch.device) -> None:
+    """Calls with each item; on a CPU every core has items of its own, for many small products waste the sharing of one.
+
+    What a call computes depends on its item alone, not on the core or the order.
+    """
+    cores = torch.get_num_threads()
+    if device.type != "cpu" or cores == 1 or len(items) == 1:
+        for item in items:
+            call(item)
+        return
+    try:
+        with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            list(pool.map(call, items))
+    finally:
+        torch.set_num_threads(cores)        # for threads yet to come; this one's number never changed
 
 
 def keep_freed_memory() -> None:

@@ -20,6 +20,10 @@ Schema of bench.json; up to `widths` the median of three interleaved repeats, a 
     tokenize_rows_per_second, tokenize_open_seconds (from the cache): of tokenized_rows descriptions
     startup_seconds: of python ELMO.py --help; seconds: of the bench
     widths [{width, tokens_per_second, share_of_peak}]: P = H, once
+    passes.{training, classification, embed_fp32, embed_bf16}: some steps (embed: descriptions), the same each time:
+        precision, seconds, operations (of their matrix products), share_of_peak (operations / seconds / the peak of
+        that precision), kernels {name: share of the time by PyTorch's profiler; below 1 % together as "others"};
+        classification: the frozen biLM with nine heads, three settings of three seeds
     scaling [{rows, seconds, peak_memory_gb}]: tokenizing and one epoch of a small model on so many rows of the
         built-in corpus, medians of three; off_linear: the largest |seconds a row / their mean - 1|
     processes {one, two}: tokens/s of a process of one thread, and of torchrun with two of them, once
@@ -43,15 +47,19 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # run as `python report/bench.py`
 
+import classification
 import ELMO
 from classification import Classifier
 from data import sample
 from data.files import InputError, write_json
 from data.knobs import Parser, add_knobs, script
 from data.machine import default_device, fast_bf16, keep_freed_memory, machine, peak_memory_gb, versions
+from data.prepare import read_task
 from data.text import Data, tokenized
 from report.loops import CommonLoop, PlainLoop, perplexity, products, resize
 
@@ -130,6 +138,29 @@ def operations_per_target(trainer: ELMO.Trainer) -> int:
     return 6 * (sum(w.numel() for w in matrices) + trainer.config.output * (trainer.negatives.draws + 1))
 
 
+def kernels(call: Callable, device: torch.device) -> dict:
+    """{name: share of the device's time} of the kernels of a call, largest first; below 1 % together as "others"."""
+    kinds = {"cpu": [ProfilerActivity.CPU]}.get(device.type, [ProfilerActivity.CPU, ProfilerActivity.CUDA])
+    with profile(activities=kinds) as profiler:
+        call()
+    times = {event.key: getattr(event, f"self_{'cpu' if len(kinds) == 1 else 'device'}_time_total")
+             for event in profiler.key_averages()}
+    shares = {name: time / sum(times.values()) for name, time in sorted(times.items(), key=lambda pair: -pair[1])}
+    large = {name: share for name, share in shares.items() if share >= 0.01}
+    return large | {"others": 1 - sum(large.values())}
+
+
+def one_pass(call: Callable, dtype: torch.dtype, peaks: dict, device: torch.device) -> dict:
+    """What a call on the same rows takes each time and where it goes: `passes` above; `peaks` by precision."""
+    call()
+    with FlopCounterMode(display=False) as counter:
+        call()
+    precision, seconds = "bf16" if dtype == torch.bfloat16 else "fp32", seconds_of(call, device)
+    return {"precision": precision, "seconds": seconds, "operations": counter.get_total_flops(),
+            "share_of_peak": counter.get_total_flops() / seconds / (peaks[f"{precision}_gflops"] * 1e9),
+            "kernels": kernels(call, device)}
+
+
 # ------------------------------------------------------------------------------------------- what is measured
 def tokenizing(texts: list[str], config: ELMO.Config) -> dict:
     """Rows per second of a first tokenization into an empty cache, and the seconds of opening it again."""
@@ -186,6 +217,28 @@ def speeds(trainer: ELMO.Trainer, elmo: ELMO.ELMo, classifier: Classifier | None
         sizes,
         lambda: {f"embed_{name}_per_second": rate(call) for name, call in embed.items()},
         *([lambda: {"predict_per_second": rate(predict)}] if predict else [])])
+
+
+def passes(trainer: ELMO.Trainer, elmo: ELMO.ELMo, classifier: Classifier | None, texts: list[str], peaks: dict,
+           steps: int) -> dict:
+    """Training, classification and embedding by kernels; classification where the published files are there."""
+    device, numbers = trainer.device, range(steps)
+    fast = torch.bfloat16 if fast_bf16(device) else torch.float32
+    calls = {"training": (lambda: [trainer.step(step) for step in numbers], trainer.dtype)}
+    if classifier:
+        config = classification.Config(seeds=3)
+        task = read_task(config, elmo.config)
+        parts = {"train": classification.Texts(task.train, elmo, ELMO.CACHE)}
+        heads = classification.Trainer(config, classification.Vectors("elmo", elmo.model), parts, len(task.labels),
+                                       range(config.seeds))
+        calls["classification"] = (lambda: [heads.step(step) for step in numbers], heads.dtype)
+    for name, dtype in (("fp32", torch.float32), ("bf16", fast)):
+        calls[f"embed_{name}"] = (lambda name=name: [0 for _ in elmo.embed_stream(texts, name)], dtype)
+    out = {}
+    for name, (call, dtype) in calls.items():
+        out[name] = one_pass(call, dtype, peaks, device)
+        print(f"{name}: {out[name]['share_of_peak']:.0%} of the {out[name]['precision']} peak", flush=True)
+    return out
 
 
 def widths(config: ELMO.Config, data: Data, device: torch.device, peak: float, seconds: float) -> list[dict]:
@@ -308,7 +361,8 @@ def bench(config: ELMO.Config, plan: dict, quick: bool) -> dict:
         "vocabulary": len(data.words), "tokenized_rows": len(rows),
         "embed": {"model": "models/bilstm.pt" if classifier else "untrained", "texts": len(texts),
                   "config": asdict(elmo.config), "bf16_computed_in": "bf16" if fast_bf16(device) else "fp32"},
-        "repeats": repeats, "widths": widths(config, data, device, medians[f"{precision}_gflops"], plan["seconds"] / 2)}
+        "repeats": repeats, "passes": passes(trainer, elmo, classifier, texts, medians, plan["pairs"]),
+        "widths": widths(config, data, device, medians[f"{precision}_gflops"], plan["seconds"] / 2)}
     if not quick:
         with TemporaryDirectory() as folder:
             result |= {"scaling": scaling(Path(folder)), "processes": processes(Path(folder))}

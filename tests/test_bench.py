@@ -104,3 +104,11 @@ def test_the_bench_writes_its_numbers_and_keeps_those_of_other_devices(builtin, 
     assert result["to_perplexity"]["minutes"]["elmo"] > 0
     assert bench.main([*argv[:-4], "--seconds", "0.01"]) == 0      # the minutes to a perplexity stay
     assert json.loads(out.read_text())["to_perplexity"] == result["to_perplexity"]
+
+
+def test_a_pass_is_told_by_the_operations_of_its_products_and_by_its_kernels():
+    a = torch.randn(256, 128)
+    found = bench.one_pass(lambda: (a @ a.t()).relu(), torch.float32, {"fp32_gflops": 50.0}, CPU)
+    assert found["operations"] == 2 * 256 * 256 * 128 and found["precision"] == "fp32"
+    assert found["share_of_peak"] == found["operations"] / found["seconds"] / 50e9
+    assert found["kernels"]["aten::mm"] > 0.02 and abs(sum(found["kernels"].values()) - 1) < 1e-9

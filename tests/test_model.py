@@ -8,6 +8,7 @@ from conftest import SENTENCES, encoded, tiny
 
 import ELMO
 from data.files import InputError
+from data.machine import on_each_core
 from data.text import BOS, EOS, PAD, UNK, batches
 
 SPECIAL = 4
@@ -286,6 +287,31 @@ def test_a_stream_of_100_000_texts_keeps_its_order_and_its_memory(elmo):
         if i % 1000 < 12 and i % 3 == 0:
             assert torch.allclose(vectors[:, 0], expected[words[i % 4]], atol=1e-5)
     assert count == 100_000
+
+
+def test_vectors_are_the_same_bit_for_bit_on_several_cores_and_on_one(elmo):
+    texts, cores = [f"{a} {b} !" for a in SENTENCES for b in SENTENCES] * 100, torch.get_num_threads()
+    found = {}
+    try:
+        for n in (3, 1):
+            torch.set_num_threads(n)
+            found[n] = elmo.embed(texts)
+            assert torch.get_num_threads() == n
+    finally:
+        torch.set_num_threads(cores)
+    assert all(map(torch.equal, found[3], found[1]))
+
+
+def test_work_on_each_core_is_done_once_and_its_errors_arrive():
+    done, cores = [], torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        on_each_core(lambda i: done.append((i, torch.get_num_threads())), range(50), torch.device("cpu"))
+        with pytest.raises(ZeroDivisionError):
+            on_each_core(lambda i: 1 // i, [1, 0, 2], torch.device("cpu"))
+    finally:
+        torch.set_num_threads(cores)
+    assert sorted(done) == [(i, 1) for i in range(50)]
 
 
 def test_bf16_states_are_fp32_states_to_bf16s_precision(elmo):
