@@ -183,18 +183,20 @@ def few_labels(r: dict):
 
 
 def sense_bars(r: dict):
-    """Share of uses whose nearest use is of their own class, by layer."""
+    """Share of uses whose class the nearest uses vote for, by layer, and that of the nearest use alone."""
     figure, axes = new_figure(5.6, 3.8)
-    values, spread = 100 * np.array(r["layers"]), 100 * np.array(r["interval"])
-    bars = axes.bar(LAYER_NAMES, values, color=[GREY, BLUE, BLUE], width=0.6,
-                    yerr=np.abs(spread.T - values), capsize=4, ecolor="black")
+    values, spread = 100 * np.array(r["votes"]), 100 * np.array(r["interval"])
+    bars = axes.bar(LAYER_NAMES, values, color=[GREY, BLUE, BLUE], width=0.6, yerr=np.abs(spread.T - values),
+                    capsize=4, ecolor="black", label=f"vote of the {r['voters']} nearest uses")
     axes.bar_label(bars, fmt="%.1f", label_type="center", color="white", fontsize=9)
+    axes.plot(LAYER_NAMES, 100 * np.array(r["layers"]), "D", color="white", markeredgecolor="black",
+              label="the nearest use alone")
     axes.axhline(100 * r["majority"], color=ORANGE, linestyle="--", label="the word's most frequent class in training")
-    axes.set(ylabel="nearest use is of the same class (%)", ylim=(0, 100))
+    axes.set(ylabel="class of a use is told (%)", ylim=(0, 100))
     best = r["best"]
-    axes.set_title(f"Layer {best}, best on validation rows, finds a use of the same class in {values[best]:.1f} %\n"
+    axes.set_title(f"Layer {best}, best on validation rows, tells the class of {values[best]:.1f} % of uses\n"
                    f"({len(r['words'])} words, n = {r['uses']:,} test uses; 95 % interval over words)", fontsize=10)
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=8, frameon=False, loc="upper left")
     return figure
 
 

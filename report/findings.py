@@ -9,11 +9,12 @@ Schema of findings.json: bilm (digest), and one entry by finding, each with its 
         validation rows, of tfidf and of the last share on all}. The last share is that of classification.json and
         baselines.json; below it each seed draws its own rows, the same for all systems
     mixes (tables 2 and 3): rows, seeds, variants.{name}: {validation, test: {mean, deviation}, s: of the first seed}
-    senses (section 5.3; the sense of a use is taken as the class of its row): the rule, pool, words.{word}: {uses,
-        majority: share that is of the word's most frequent class in training rows, layers: [share whose nearest use in
-        training rows is of their class; by layer 0, where all are as near, the expected share]}; uses, majority,
-        layers and interval (95 %, bootstrap over words) over all words; validation {uses, majority, layers}, best: the
-        layer that is best there
+    senses (section 5.3; the sense of a use is taken as the class of its row): the rule, pool, voters, words.{word}:
+        {uses, majority: share that is of the word's most frequent class in training rows, layers: [share whose nearest
+        use in training rows is of their class; by layer 0, where all are as near, the expected share], votes: [the
+        same of the class for which the `voters` nearest vote by their cosines; by layer 0 the majority]}; uses,
+        majority, layers, votes and interval (of the votes; 95 %, bootstrap over words) over all words; validation
+        {uses, majority, layers, votes}, best: the layer whose votes are best there
     neighbours (table 4): words [{word, static: nearest words by x, uses: [{text, label, nearest, nearest_label,
         cosine}]}]
     weights (figure 2): tasks.{name}: s of every seed, gamma
@@ -30,6 +31,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -232,7 +234,7 @@ RULE = ("words that follow a determiner and stand before a preposition, an auxil
         "least {share:.0%} of their uses in training rows (nouns), with at least {least} uses in test rows, none of "
         "whose classes has more than {most:.0%} of these")
 LEAST, MOST, NOUN = 20, 0.7, 0.15
-POOL = 400              # uses of a word in training rows among which the nearest is sought
+POOL, VOTERS = 800, 10  # uses of a word in training rows among which the nearest are sought; how many vote
 
 
 @dataclass
@@ -288,11 +290,18 @@ def shared(a: list[str], b: list[str], n: int = 8) -> bool:
     return any(tuple(b[i:i + n]) in grams for i in range(len(b) - n + 1))
 
 
-def nearest(query: Uses, pool: Uses, asked: list[list[str]], known: list[list[str]], layer: int) -> np.ndarray:
-    """(uses,) number of the use in the pool whose vector is nearest by cosine, near copies of the row left out."""
-    order = np.argsort(-(query.vectors[:, layer].astype(np.float32) @ pool.vectors[:, layer].astype(np.float32).T))
-    return np.array([next((j for j in line if not shared(asked[query.rows[i]], known[pool.rows[j]])), line[0])
-                     for i, line in enumerate(order)])
+def nearest(query: Uses, pool: Uses, asked: list[list[str]], known: list[list[str]], layer: int,
+            most: int = 1) -> list[np.ndarray]:
+    """Of each use the numbers of the `most` uses in the pool that are nearest by cosine, near copies left out."""
+    order = np.argsort(-cosines(query, pool, layer))
+    fresh = ((j for j in line if not shared(asked[row], known[pool.rows[j]]))
+             for row, line in zip(query.rows, order, strict=True))
+    return [np.array(list(islice(found, most)) or line[:1]) for found, line in zip(fresh, order, strict=True)]
+
+
+def cosines(query: Uses, pool: Uses, layer: int) -> np.ndarray:
+    """(uses of the query, uses of the pool)."""
+    return query.vectors[:, layer].astype(np.float32) @ pool.vectors[:, layer].astype(np.float32).T
 
 
 @lru_cache(maxsize=1)
@@ -314,29 +323,37 @@ def senses(bed: Bed) -> dict:
     """Of test rows, and of validation rows, which say what layer is best; there half as many uses of a word suffice."""
     held_out = told_apart(bed, "validation", LEAST // 2)
     return told_apart(bed, "test", LEAST) | {
-        "rule": RULE.format(share=NOUN, least=LEAST, most=MOST), "pool": POOL,
-        "validation": {name: held_out[name] for name in ("uses", "majority", "layers")},
-        "best": int(np.argmax(held_out["layers"]))}
+        "rule": RULE.format(share=NOUN, least=LEAST, most=MOST), "pool": POOL, "voters": VOTERS,
+        "validation": {name: held_out[name] for name in ("uses", "majority", "layers", "votes")},
+        "best": int(np.argmax(held_out["votes"]))}
 
 
 def told_apart(bed: Bed, part: str, least: int) -> dict:
-    """How often a word's nearest use in training rows is of its own class, by layer, beside the most frequent class."""
+    """How often a word's nearest uses in training rows tell its class, by layer, beside the most frequent class."""
     query, pool, asked, known = found_uses(bed, part, least)
-    words, out, right = list(query), {}, {}
+    words, out, sums = list(query), {}, []
     for word in words:
         q, p = query[word], pool[word]
+        most = q.classes == np.bincount(p.classes).argmax()
         same = (p.classes == q.classes[:, None]).mean(axis=1)       # layer 0: all uses are as near, any is as good
-        right[word] = np.stack([same, *(p.classes[nearest(q, p, asked, known, j)] == q.classes for j in (1, 2))])
-        majority = float((q.classes == np.bincount(p.classes).argmax()).mean())
-        out[word] = {"uses": len(q.rows), "majority": majority, "layers": right[word].mean(axis=1).tolist()}
-    sizes = np.array([out[word]["uses"] for word in words], dtype=float)
-    sums = np.stack([right[word].sum(axis=1) for word in words])                # (words, 3)
+        right = np.stack([same, most, *(part for j in (1, 2) for part in told(q, p, asked, known, j))])
+        sums.append([most.sum(), *right.sum(axis=1)])               # layer 0 nearest, votes, layer 1 nearest, ..
+        share = right.mean(axis=1).tolist()
+        out[word] = {"uses": len(most), "majority": float(most.mean()), "layers": share[::2], "votes": share[1::2]}
+    sizes, sums = np.array([out[word]["uses"] for word in words], dtype=float), np.array(sums, dtype=float)
     drawn = np.random.default_rng(0).integers(len(words), size=(2_000, len(words)))
-    spread = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)[:, None]        # (2000, 3)
-    majority = sum(word["majority"] * word["uses"] for word in out.values()) / sizes.sum()
-    return {"words": out, "uses": int(sizes.sum()), "majority": float(majority),
-            "layers": (sums.sum(axis=0) / sizes.sum()).tolist(),
+    spread = sums[drawn, 2::2].sum(axis=1) / sizes[drawn].sum(axis=1)[:, None]              # (2000, 3)
+    majority, *share = (sums.sum(axis=0) / sizes.sum()).tolist()
+    return {"words": out, "uses": int(sizes.sum()), "majority": majority, "layers": share[::2], "votes": share[1::2],
             "interval": np.percentile(spread, [2.5, 97.5], axis=0).T.tolist()}
+
+
+def told(q: Uses, p: Uses, asked: list[list[str]], known: list[list[str]], layer: int) -> tuple[np.ndarray, np.ndarray]:
+    """Whether the nearest use is of a use's class, and whether the vote of the VOTERS nearest is: (uses,) each."""
+    similar, found = cosines(q, p, layer), nearest(q, p, asked, known, layer, VOTERS)
+    votes = np.array([np.bincount(p.classes[near], similar[i, near], minlength=p.classes.max() + 1).argmax()
+                      for i, near in enumerate(found)])
+    return p.classes[[near[0] for near in found]] == q.classes, votes == q.classes
 
 
 def neighbours(bed: Bed, shown: int = 4, few: int = 6) -> dict:
@@ -356,7 +373,7 @@ def neighbours(bed: Bed, shown: int = 4, few: int = 6) -> dict:
             {"text": test[q.rows[a]], "label": bed.task.labels[q.classes[a]], "nearest": train[p.rows[b]],
              "nearest_label": bed.task.labels[p.classes[b]],
              "cosine": float(q.vectors[a, 2].astype(np.float32) @ p.vectors[b, 2].astype(np.float32))}
-            for a, b in zip(two, found, strict=True)]})
+            for a, (b,) in zip(two, found, strict=True)]})
     return {"words": out}
 
 

@@ -189,10 +189,11 @@ def findings(r: dict) -> str:
         lines += ["", made_finding(r["mixes"]), ""]
     if "senses" in r:
         n = r["senses"]
-        layers = ["nearest use, " + f"layer {j} | {100 * value:.1f}" for j, value in enumerate(n["layers"])]
-        lines += [f"| uses of {len(n['words'])} nouns whose class is told ({n['uses']:,} in test rows) | % |",
-                  "|---|--:|", f"| the word's most frequent class | {100 * n['majority']:.1f} |",
-                  *(f"| {layer} |" for layer in layers), "", made_finding(n), ""]
+        layers = [f"| layer {j} | {100 * near:.1f} | {100 * vote:.1f} |"
+                  for j, (near, vote) in enumerate(zip(n["layers"], n["votes"], strict=True))]
+        lines += [f"| class of {n['uses']:,} test uses of {len(n['words'])} nouns, told by | nearest use | vote of the "
+                  f"{n['voters']} nearest |", "|---|--:|--:|",
+                  f"| the word's most frequent class | {100 * n['majority']:.1f} | |", *layers, "", made_finding(n), ""]
     if "leaks" in r:
         n = r["leaks"]
         lines += [f"In {n['rows']} test rows one word became another: {n['moved_forward_before']} forward states "

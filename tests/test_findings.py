@@ -33,7 +33,7 @@ def test_the_nearest_use_is_that_of_the_largest_cosine_that_is_no_near_copy():
     known = ["x a b c d e f g h".split(), "other words".split(), "a bank".split()]
     pool = Uses(unit([1, 0], [1, 1], [0, 1]), np.arange(3), np.zeros(3))
     query = Uses(unit([1, 0.1], [0.1, 1]), np.arange(2), np.zeros(2))
-    assert nearest(query, pool, asked, known, 1).tolist() == [1, 2]     # row 0 of the pool shares eight words
+    assert nearest(query, pool, asked, known, 1) == [[1], [2]]     # row 0 of the pool shares eight words
 
 
 def test_nouns_are_words_between_a_determiner_and_a_follower(elmo):
@@ -104,6 +104,15 @@ def test_a_use_is_of_the_class_of_its_nearest_use_and_layer_0_is_worth_its_share
     found = findings.told_apart(bed, "test", 1)
     assert found["layers"] == pytest.approx([(1 / 4 + 1 / 4 + 3 / 4) / 3, 2 / 3, 2 / 3])
     assert found["majority"] == pytest.approx(1 / 3) and found["uses"] == 3     # class 1, the pool's, is one of three
+    assert found["votes"] == pytest.approx([1 / 3, 2 / 3, 2 / 3])       # of the first use: 0.995 against 0.59
+
+
+def test_two_uses_that_are_nearly_as_near_outvote_the_nearest(monkeypatch):
+    pool = Uses(unit([1, 0], [0.9, 0.1], [0.9, -0.1]), np.arange(3), np.array([0, 1, 1]))
+    query, rows = Uses(unit([1, 0]), np.arange(1), np.array([1])), [["a"], ["b"], ["c"]]
+    assert [part.tolist() for part in findings.told(query, pool, rows, rows, 1)] == [[False], [True]]
+    monkeypatch.setattr(findings, "VOTERS", 1)
+    assert [part.tolist() for part in findings.told(query, pool, rows, rows, 1)] == [[False], [False]]
 
 
 def test_every_finding_is_drawn_and_told_in_the_readme_also_where_some_are_missing(tmp_path):
@@ -116,6 +125,7 @@ def test_every_finding_is_drawn_and_told_in_the_readme_also_where_some_are_missi
             name: [point] * 7 for name in ("elmo", "word2vec", "tfidf")}},
         "mixes": {"rows": 5, "seeds": 2, "variants": {"layer 0": {"validation": share, "test": share, "s": None}}},
         "senses": {"words": {"bank": {}}, "uses": 9, "majority": 0.4, "layers": [0.3, 0.7, 0.6], "best": 1,
+                   "votes": [0.4, 0.72, 0.65], "voters": 10,
                    "interval": [[0.2, 0.4], [0.6, 0.8], [0.5, 0.7]]},
         "weights": {"tasks": {"AG News": {"s": [[0.2, 0.3, 0.5]], "gamma": [1.0]}}},
         "heatmap": {"tokens": ["the", "bank", "a", "bank"], "layers": cosines},
