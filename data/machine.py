@@ -56,18 +56,20 @@ def sum_over_processes(tensors: list[torch.Tensor]) -> None:
             tensor.copy_(total.view_as(tensor))
 
 
-def on_each_core(call: Callable, items: Sequence, device: torch.device) -> None:
+def on_each_core(call: Callable, items: Sequence, device: torch.device, most: int = 8) -> None:
     """Calls with each item; on a CPU every core has items of its own, for many small products waste the sharing of one.
 
-    What a call computes depends on its item alone, not on the core or the order.
+    What a call computes depends on its item alone, not on the core or the order. At most `most` items are under way, as
+    each takes memory; more cores than that share them.
     """
     cores = torch.get_num_threads()
-    if device.type != "cpu" or cores == 1 or len(items) == 1:
+    workers = min(cores, len(items), most)
+    if device.type != "cpu" or workers < 2:
         for item in items:
             call(item)
         return
     try:
-        with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(cores // workers,)) as pool:
             list(pool.map(call, items))
     finally:
         torch.set_num_threads(cores)        # for threads yet to come; this one's number never changed
