@@ -58,18 +58,33 @@ def bench(r: dict) -> str:
         ("rows tokenized", "tokenize_rows_per_second")) if key in r]
     rows += [("seconds to start", f"{r['startup_seconds']:.1f}")]
     if "scaling" in r:
-        first, last = r["scaling"][0], r["scaling"][-1]
-        times = last["seconds"] / first["seconds"]
-        rows += [(f"time of {last['rows']:,} built-in rows over {first['rows']:,}", f"{times:.1f}"),
-                 ("memory of these two, GB", f"{last['peak_memory_gb']:.2f}, {first['peak_memory_gb']:.2f}"),
-                 ("two processes of one thread over one", f"{r['processes']['two'] / r['processes']['one']:.2f}")]
+        sizes = ", ".join(f"{part['rows']:,}" for part in r["scaling"])
+        rows += [(f"seconds to tokenize and train on {sizes} built-in rows",
+                  ", ".join(f"{part['seconds']:.1f}" for part in r["scaling"])),
+                 ("memory of these, GB", ", ".join(f"{part['peak_memory_gb']:.2f}" for part in r["scaling"])),
+                 ("largest difference from linear time", f"{r['off_linear']:.0%}"),
+                 ("targets a second of one process of one thread, of two that share every batch",
+                  f"{r['processes']['one']:,.0f}, {r['processes']['two']:,.0f}")]
     bf16 = "with" if r["machine"]["bf16_hardware"] else "without"
     lines = ["| what | measured |", "|---|--:|", *(f"| {what} | {value} |" for what, value in rows), ""]
+    if "passes" in r:
+        lines += passes(r["passes"])
     if "to_perplexity" in r:
         lines += to_perplexity(r["to_perplexity"])
     lines.append(f"Made by `{r['command']}` on {r['machine']['cores']} cores ({r['machine']['device']}, {bf16} bf16 "
                  "hardware).")
     return "\n".join(lines)
+
+
+def passes(r: dict) -> list[str]:
+    """Lines of a table of passes: their share of the peak of their precision, and the kernels that take most time."""
+    names = {"training": "training", "classification": "classification, frozen biLM, nine heads",
+             "embed_fp32": "embedding, fp32", "embed_bf16": "embedding, bf16"}
+    lines = ["| pass | share of peak | share of its time by kernel |", "|---|--:|---|"]
+    for name, part in r.items():
+        large = [f"`{kernel}` {share:.0%}" for kernel, share in part["kernels"].items() if kernel != "others"]
+        lines.append(f"| {names[name]} | {part['share_of_peak']:.0%} | {', '.join(large[:6])} |")
+    return [*lines, ""]
 
 
 def to_perplexity(r: dict) -> list[str]:
@@ -214,8 +229,67 @@ BLOCKS: dict[str, Callable[[dict], str]] = {
     **dict.fromkeys(("classification", "finetuned", "titled", "sst2", "sst5", "nli"), classification)}
 
 
+def results(folder: Path) -> str:
+    """What the project shows, a line each, with the command that made it, as far as the JSON is in `folder`."""
+    lines = ["| what | measured | by |", "|---|---|---|"]
+    def line(name: str, row: Callable[[dict], tuple[str, str] | tuple[str, str, str]]) -> None:
+        path = folder / f"{name}.json"
+        if path.exists():
+            with written_json(path) as r:
+                what, number, *command = row(r)
+                lines.append(f"| {what} | {number} | `{(command or [r['command']])[0]}` |")
+
+    def perplexity(r: dict) -> tuple[str, str]:
+        test = r["splits"]["test"]
+        return (f"test perplexity, full softmax over {r['vocabulary']:,} words, forward and backward; Kneser-Ney",
+                f"{test['forward']['perplexity']:.1f}, {test['backward']['perplexity']:.1f}; "
+                f"{test['forward']['kneser_ney_perplexity']:.1f}")
+
+    def accuracy(what: str) -> Callable[[dict], tuple[str, str]]:
+        def row(r: dict) -> tuple[str, str]:
+            name = max(r["settings"], key=lambda name: r["settings"][name]["validation"]["accuracy"]["mean"])
+            return f"{what} (`{name}`)", f"{share_of(r['settings'][name]['test']['accuracy'])} %"
+        return row
+
+    def gap(r: dict) -> tuple[str, str]:
+        name = max((n for n in ("trainable", "frozen", "function")), key=lambda n: r["rows"][n]["validation"]["mean"])
+        found = r["rows"][name]["against"]["word2vec"]
+        return (f"that against Word2Vec under the same head, {r['rows'][name]['seeds']} seeds together (`{name}`)",
+                f"{100 * found['difference']:+.2f} points, p = {found['p']:.1g}")
+
+    def few(r: dict) -> tuple[str, str, str]:
+        n = r["labels"]
+        def mean(name: str, share: float) -> float:
+            values = n["systems"][name][n["shares"].index(share)]["test"]
+            return 100 * sum(values) / len(values)
+        return ("test accuracy with 1 % of the labels; Word2Vec with 3 %",
+                f"{mean('elmo', 1.0):.1f} %; {mean('word2vec', 3.0):.1f} %", n["command"])
+
+    def senses(r: dict) -> tuple[str, str, str]:
+        n = r["senses"]
+        return ("class of an ambiguous noun's use told by its nearest uses; by the noun alone",
+                f"{100 * n['votes'][n['best']]:.1f} %; {100 * n['majority']:.1f} %", n["command"])
+
+    line("pretraining", perplexity)
+    line("classification", accuracy("test accuracy on AG News, the biLM frozen"))
+    line("baselines", gap)
+    line("finetuned", accuracy("the biLM fine-tuned, with n-grams"))
+    line("titled", accuracy("the same with titles"))
+    for name, what in (("sst5", "SST, five classes, whole sentences"), ("sst2", "two classes"), ("nli", "MultiNLI")):
+        line(name, accuracy(what))
+    line("findings", few)
+    line("findings", senses)
+    line("bench", lambda r: ("training speed, times the common loop, padded per batch",
+                             f"{r['times_common_loop_batch_padded']:.1f}"))
+    line("faults", lambda r: ("runs killed at random moments; resumed to the same weights bit for bit",
+                              f"{r['kills']['tried']}; {r['kills']['survived']}"))
+    return "\n".join(lines)
+
+
 def filled(readme: str, folder: Path) -> str:
     """The README with every block whose JSON is in `folder` written anew."""
+    table = re.compile("<!-- results -->.*?<!-- end -->", re.DOTALL)
+    readme = table.sub(lambda _: f"<!-- results -->\n{results(folder)}\n<!-- end -->", readme)
     for name, write in BLOCKS.items():
         path = folder / f"{name}.json"
         if path.exists():

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -382,6 +383,35 @@ def test_the_folder_named_by_out_may_not_be_a_file(builtin, capsys, tmp_path):
 def test_the_numbers_of_the_readme_are_those_of_the_json():
     text = (ROOT / "README.md").read_text()
     assert readme.filled(text, ROOT / "models") == text
+
+
+def numbers_of(content) -> list[float]:
+    """Every number of a JSON, and the mean of each list of numbers."""
+    if isinstance(content, (int, float)):
+        return [float(content)]
+    parts = list(content.values()) if isinstance(content, dict) else content if isinstance(content, list) else []
+    plain = [part for part in parts if isinstance(part, (int, float))]
+    return [*([sum(plain) / len(plain)] if plain and isinstance(content, list) else []),
+            *(number for part in parts for number in numbers_of(part)), float(len(parts))]
+
+
+def test_every_number_in_a_table_of_the_readme_stands_in_the_json_that_it_names():
+    number = re.compile(r"(?<![\w.`-])[-+]?\d[\d,]*(?:\.\d+)?(?:e-\d+)?(?![\w-])")
+    text, checked = (ROOT / "README.md").read_text(), 0
+    blocks = re.findall(r"<!-- (\S+?)(?:\.json)? -->(.*?)<!-- end -->", text, re.DOTALL)
+    for name, block in blocks:
+        files = ROOT.glob("models/*.json") if name == "results" else [ROOT / "models" / f"{name}.json"]
+        known = [value for file in files for value in numbers_of(json.loads(file.read_text()))]
+        for line in re.findall(r"^\| .*", block, re.MULTILINE):
+            for shown in number.findall(re.sub("`.*?`", "", line.partition("|")[2].partition("|")[2])):
+                digits = len(shown.partition(".")[2])
+                value = float(shown.replace(",", ""))
+                near = (abs(round(factor * v, digits) - value) < 1e-9 or f"{v:.1g}" == shown
+                        for v in known for factor in (1, 100))
+                assert any(near), f"{shown} of {name}: {line}"
+                checked += 1
+    rest = re.sub(r"<!-- \S+ -->.*?<!-- end -->", "", text, flags=re.DOTALL)
+    assert checked > 100 and not [line for line in re.findall(r"^\|.*", rest, re.MULTILINE) if number.search(line)]
 
 
 def test_figures_and_tables_are_drawn_from_the_json_alone(whole, tmp_path):
