@@ -57,10 +57,10 @@ def sum_over_processes(tensors: list[torch.Tensor]) -> None:
 
 
 def on_each_core(call: Callable, items: Sequence, device: torch.device, most: int = 8) -> None:
-    """Calls with each item; on a CPU every core has items of its own, for many small products waste the sharing of one.
+    """Calls with each item; on a CPU every core has items of its own, since one small product does not fill several.
 
-    What a call computes depends on its item alone, not on the core or the order. At most `most` items are under way, as
-    each takes memory; more cores than that share them.
+    What a call computes depends on its item alone, up to the rounding of a product on one core or several. At most
+    `most` items are under way, as each takes memory; more cores than that share them.
     """
     cores = torch.get_num_threads()
     workers = min(cores, len(items), most)
@@ -69,7 +69,7 @@ def on_each_core(call: Callable, items: Sequence, device: torch.device, most: in
             call(item)
         return
     try:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(cores // workers,)) as pool:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(-(-cores // workers),)) as pool:
             list(pool.map(call, items))
     finally:
         torch.set_num_threads(cores)        # for threads yet to come; this one's number never changed

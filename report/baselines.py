@@ -9,9 +9,9 @@ finished ones are kept in build/baselines and not trained again) and puts them b
 finetuned.json, where these are of the same biLM. JSON: command, config, versions, machine, minutes (all runs), and
     rows.{name}: seeds, ngrams (whether a linear model is mixed in), accuracy {mean, deviation} over them on validation
         and test rows, fresh (test), together (accuracy of the seeds' mean probabilities on test rows), minutes;
-        against.{word2vec, tfidf}: difference in test accuracy of `together` with its 95 % bootstrap interval, only_this
-        and only_that (rows that one alone has right), p (exact McNemar, not corrected for the number of rows here); of
-        tfidf, which is one model without a seed: tried (accuracy on validation rows by knobs)
+        against.{word2vec, tfidf, layer0}: difference in test accuracy of `together` with its 95 % bootstrap interval,
+        only_this and only_that (rows that one alone has right), p (exact McNemar, not corrected for the number of rows
+        here); of tfidf, which is one model without a seed: tried (accuracy on validation rows by knobs)
 """
 import json
 import sys
@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows[key], found[key] = row(result, setting)
     for key, numbers in rows.items():
         numbers["against"] = {other: mcnemar(found[key] == task.test.labels, found[other] == task.test.labels)
-                              for other in ("word2vec", "tfidf") if other != key}
+                              for other in ("word2vec", "tfidf", "layer0") if other != key}
     write_json(options.out / "baselines.json", {
         "command": " ".join(["python", "report/baselines.py", *(sys.argv[1:] if argv is None else argv)]),
         "config": asdict(config), "versions": versions(), "machine": machine(torch.device(default_device())),
@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def table(rows: dict) -> str:
     """Lines to print."""
     lines = [f"{'accuracy':<12}{'validation':>11}{'test':>9}{'deviation':>11}{'fresh':>9}{'seeds together':>16}"
-             "   against word2vec, tfidf"]
+             "   against word2vec, tfidf, layer 0"]
     for name, r in rows.items():
         deviation = "-" if r["test"]["deviation"] is None else f"{r['test']['deviation']:.2%}"
         against = "; ".join(f"{a['difference']:+.2%} p {a['p']:.1e}" for a in r["against"].values())

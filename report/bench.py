@@ -22,8 +22,9 @@ Schema of bench.json; up to `widths` the median of three interleaved repeats, a 
     widths [{width, tokens_per_second, share_of_peak}]: P = H, once
     passes.{training, classification, embed_fp32, embed_bf16}: some steps (embed: descriptions), the same each time:
         precision, seconds, operations (of their matrix products), share_of_peak (operations / seconds / the peak of
-        that precision), kernels {name: share of the time by PyTorch's profiler; below 1 % together as "others"};
-        classification: the frozen biLM with nine heads, three settings of three seeds
+        that precision), kernels {name: share of the time by PyTorch's profiler, embedding on one core; below 1 %
+        together as "others"}; classification: the frozen biLM with nine heads, three settings of three seeds, where
+        the corpus has enough rows
     scaling [{rows, seconds, peak_memory_gb}]: tokenizing and one epoch of a small model on so many rows of the
         built-in corpus, medians of three; off_linear: the largest |seconds a row / their mean - 1|
     processes {one, two}: tokens/s of a process of one thread, and of torchrun with two of them, once
@@ -47,6 +48,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -138,27 +140,46 @@ def operations_per_target(trainer: ELMO.Trainer) -> int:
     return 6 * (sum(w.numel() for w in matrices) + trainer.config.output * (trainer.negatives.draws + 1))
 
 
-def kernels(call: Callable, device: torch.device) -> dict:
-    """{name: share of the device's time} of the kernels of a call, largest first; below 1 % together as "others"."""
-    kinds = {"cpu": [ProfilerActivity.CPU]}.get(device.type, [ProfilerActivity.CPU, ProfilerActivity.CUDA])
-    with profile(activities=kinds) as profiler:
+def baddbmm_operations(out: Sequence, a: Sequence, b: Sequence, **_) -> int:
+    """Of aten::baddbmm_, an LSTM's recurrent product, from its shapes; PyTorch's counter does not know it."""
+    return 2 * a[0] * a[1] * a[2] * b[2]
+
+
+def operations(call: Callable) -> int:
+    """Of the matrix products of a call, two for each multiplication and its addition, in this thread."""
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: baddbmm_operations}) as counter:
         call()
-    times = {event.key: getattr(event, f"self_{'cpu' if len(kinds) == 1 else 'device'}_time_total")
-             for event in profiler.key_averages()}
+    return counter.get_total_flops()
+
+
+def kernels(call: Callable, device: torch.device) -> dict:
+    """{name: share of the device's time} of a call's kernels in this thread, largest first; below 1 % as "others"."""
+    cuda = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda]) as profiler:
+        call()
+    times = {event.key: event.self_device_time_total if cuda else event.self_cpu_time_total
+             for event in profiler.key_averages() if (event.device_type == DeviceType.CUDA) == cuda}
     shares = {name: time / sum(times.values()) for name, time in sorted(times.items(), key=lambda pair: -pair[1])}
     large = {name: share for name, share in shares.items() if share >= 0.01}
     return large | {"others": 1 - sum(large.values())}
 
 
-def one_pass(call: Callable, dtype: torch.dtype, peaks: dict, device: torch.device) -> dict:
-    """What a call on the same rows takes each time and where it goes: `passes` above; `peaks` by precision."""
+def one_pass(call: Callable, dtype: torch.dtype, peaks: dict, device: torch.device, one_core: bool = False) -> dict:
+    """What a call on the same rows takes each time and where it goes: `passes` above; `peaks` by precision.
+
+    one_core: the call spreads its work over threads, so that only what it does on one core can be counted.
+    """
     call()
-    with FlopCounterMode(display=False) as counter:
-        call()
-    precision, seconds = "bf16" if dtype == torch.bfloat16 else "fp32", seconds_of(call, device)
-    return {"precision": precision, "seconds": seconds, "operations": counter.get_total_flops(),
-            "share_of_peak": counter.get_total_flops() / seconds / (peaks[f"{precision}_gflops"] * 1e9),
-            "kernels": kernels(call, device)}
+    precision, cores = "bf16" if dtype == torch.bfloat16 else "fp32", torch.get_num_threads()
+    seconds = seconds_of(call, device)
+    try:
+        if one_core:                        # what other threads do is neither counted nor profiled
+            torch.set_num_threads(1)
+        count, found = operations(call), kernels(call, device)
+    finally:
+        torch.set_num_threads(cores)
+    return {"precision": precision, "seconds": seconds, "operations": count,
+            "share_of_peak": count / seconds / (peaks[f"{precision}_gflops"] * 1e9), "kernels": found}
 
 
 # ------------------------------------------------------------------------------------------- what is measured
@@ -225,7 +246,7 @@ def passes(trainer: ELMO.Trainer, elmo: ELMO.ELMo, classifier: Classifier | None
     device, numbers = trainer.device, range(steps)
     fast = torch.bfloat16 if fast_bf16(device) else torch.float32
     calls = {"training": (lambda: [trainer.step(step) for step in numbers], trainer.dtype)}
-    if classifier:
+    if classifier and len(trainer.data.encoded.tokens) > elmo.config.validation:
         config = classification.Config(seeds=3)
         task = read_task(config, elmo.config)
         parts = {"train": classification.Texts(task.train, elmo, ELMO.CACHE)}
@@ -236,7 +257,7 @@ def passes(trainer: ELMO.Trainer, elmo: ELMO.ELMo, classifier: Classifier | None
         calls[f"embed_{name}"] = (lambda name=name: [0 for _ in elmo.embed_stream(texts, name)], dtype)
     out = {}
     for name, (call, dtype) in calls.items():
-        out[name] = one_pass(call, dtype, peaks, device)
+        out[name] = one_pass(call, dtype, peaks, device, one_core="embed" in name)
         print(f"{name}: {out[name]['share_of_peak']:.0%} of the {out[name]['precision']} peak", flush=True)
     return out
 

@@ -176,7 +176,8 @@ def few_labels(r: dict):
     axes.minorticks_off()
     one, three = r["shares"].index(1.0), r["shares"].index(3.0)
     axes.set_title(f"With 1 % of the labels ELMo is right on {means['elmo'][one]:.1f} %, Word2Vec with 3 % on "
-                   f"{means['word2vec'][three]:.1f} %\n(n = {r['measured']:,} test rows; band: range over seeds)",
+                   f"{means['word2vec'][three]:.1f} %\n(and {r['chosen_on']:,} "
+                   f"to choose weights by; n = {r['measured']:,} test rows; band: range over seeds)",
                    fontsize=10)
     axes.legend(fontsize=8, frameon=False, loc="lower right")
     return figure

@@ -4,10 +4,10 @@
     python report/findings.py --only senses     the named ones anew, the others as they are in the file
 
 Schema of findings.json: bilm (digest), and one entry by finding, each with its command, minutes, versions and machine:
-    labels (figure 1 of the paper): shares [% of the training rows], rows, measured (test rows), systems.{elmo,
-        word2vec, tfidf}: for every share {test: accuracy of each seed, validation: the same on a quarter of the
-        validation rows, of tfidf and of the last share on all}. The last share is that of classification.json and
-        baselines.json; below it each seed draws its own rows, the same for all systems
+    labels (figure 1 of the paper): shares [% of the training rows], rows, chosen_on (validation rows by which weights,
+        of tfidf also knobs, are chosen), measured (test rows), systems.{elmo, word2vec, tfidf}: for every share {test:
+        accuracy of each seed, validation: the same on those rows, of the last share on all}. The last share is that of
+        classification.json and baselines.json; below it each seed draws its own rows, the same for all systems
     mixes (tables 2 and 3): rows, seeds, variants.{name}: {validation, test: {mean, deviation}, s: of the first seed}
     senses (section 5.3; the sense of a use is taken as the class of its row): the rule, pool, voters, words.{word}:
         {uses, majority: share that is of the word's most frequent class in training rows, layers: [share whose nearest
@@ -29,7 +29,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
@@ -46,7 +46,7 @@ from classification import Config, Head, Layer, Linears, ScalarMix, Trainer, Vec
 from data.files import InputError, write_json, written_json
 from data.knobs import Parser, script
 from data.machine import default_device, machine, versions
-from data.prepare import CACHE, Task, read_task
+from data.prepare import CACHE, Part, Task, read_task
 from data.text import Texts
 from ELMO import ELMo
 from report import figures
@@ -66,11 +66,13 @@ FOLLOWERS = frozenset([
 class Bed:
     """What every finding starts from: the folder of the published files, the biLM, AG News, and what is measured.
 
-    parts: a quarter of the validation rows, by which runs of few labels choose their weights, and all test rows.
+    some: a quarter of the validation rows, by which runs of few labels choose their weights; parts: these and all test
+    rows.
     """
     folder: Path
     elmo: ELMo
     task: Task
+    some: Part
     parts: dict[str, Texts]
 
     @classmethod
@@ -78,7 +80,7 @@ class Bed:
         elmo = ELMo.load(folder / "bilstm.pt", default_device())
         task = read_task(Config(), elmo.config)
         some = task.validation.take(np.arange(0, len(task.validation), 4))
-        return cls(folder, elmo, task, {"validation": Texts(some, elmo), "test": Texts(task.test, elmo, CACHE)})
+        return cls(folder, elmo, task, some, {"validation": Texts(some, elmo), "test": Texts(task.test, elmo, CACHE)})
 
     def published(self, name: str) -> dict:
         """A JSON of the folder that is of this biLM; InputError where it is of another one, damaged or missing."""
@@ -135,7 +137,7 @@ def labels(bed: Bed) -> dict:
                 p = trained(few_labels(n, share, seed, kind), vectors, bed)[1]
                 for part in found[kind]:
                     found[kind][part] += hits(p[part]["trainable"], bed.parts[part].labels)
-            numbers, _ = tfidf(bed.task.with_labels(n, seed), counted)
+            numbers, _ = tfidf(replace(bed.task.with_labels(n, seed), validation=bed.some), counted)
             for part in found["tfidf"]:
                 found["tfidf"][part].append(numbers[part]["mean"])
         for name, numbers in found.items():
@@ -145,7 +147,8 @@ def labels(bed: Bed) -> dict:
     systems["elmo"].append({part: [seed["accuracy"] for seed in full[part]["seeds"]] for part in parts})
     systems["word2vec"].append({part: others["word2vec"]["each"][part] for part in parts})
     systems["tfidf"].append({part: [others["tfidf"][part]["mean"]] for part in parts})
-    return {"shares": list(SHARES), "rows": rows, "measured": len(bed.task.test), "systems": systems}
+    return {"shares": list(SHARES), "rows": rows, "chosen_on": len(bed.some), "measured": len(bed.task.test),
+            "systems": systems}
 
 
 # ------------------------------------------------------------------------------------- mixes (tables 2 and 3)

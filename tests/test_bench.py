@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import SENTENCES, encoded, tiny
-from torch.utils.flop_counter import FlopCounterMode
 
 import ELMO
 from data import sample
@@ -25,11 +24,8 @@ def trainer(**knobs) -> ELMO.Trainer:
 def test_the_products_measured_alone_are_those_of_a_step_to_the_last_operation(knobs):
     own = trainer(**knobs)
     for step in (0, 3):
-        with FlopCounterMode(display=False) as whole:
-            own.step(step)
-        with FlopCounterMode(display=False) as alone:
-            loops.products(own, step)()
-        assert alone.get_total_flops() == whole.get_total_flops() > 1e5
+        whole, alone = bench.operations(lambda step=step: own.step(step)), bench.operations(loops.products(own, step))
+        assert alone == whole > 1e5
 
 
 @pytest.mark.parametrize("hidden", [12, 20])
@@ -102,6 +98,7 @@ def test_the_bench_writes_its_numbers_and_keeps_those_of_other_devices(builtin, 
     assert repeat["times_common_loop"] == repeat["tokens_per_second"] / repeat["common_loop_tokens_per_second"]
     assert result["operations_per_target"] == 6 * (2 * 2 * 4 * 16 * 16 + 16 * 51)
     assert result["to_perplexity"]["minutes"]["elmo"] > 0
+    assert set(result["passes"]) == {"training", "embed_fp32", "embed_bf16"}
     assert bench.main([*argv[:-4], "--seconds", "0.01"]) == 0      # the minutes to a perplexity stay
     assert json.loads(out.read_text())["to_perplexity"] == result["to_perplexity"]
 
@@ -112,3 +109,16 @@ def test_a_pass_is_told_by_the_operations_of_its_products_and_by_its_kernels():
     assert found["operations"] == 2 * 256 * 256 * 128 and found["precision"] == "fp32"
     assert found["share_of_peak"] == found["operations"] / found["seconds"] / 50e9
     assert found["kernels"]["aten::mm"] > 0.02 and abs(sum(found["kernels"].values()) - 1) < 1e-9
+
+
+def test_embedding_on_several_cores_is_told_by_the_operations_of_all_of_them(elmo):
+    H, cores, texts = elmo.config.hidden, torch.get_num_threads(), ["oil prices fall ."] * 600
+    try:
+        torch.set_num_threads(2)
+        found = bench.one_pass(lambda: elmo.embed(texts), torch.float32, {"fp32_gflops": 50.0}, CPU, one_core=True)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(cores)
+    T = 4 + 1                                           # 2 directions, 2 layers, W_x at T steps and W_h at all but one
+    assert found["operations"] == 600 * 2 * 2 * (T + T - 1) * 2 * 4 * H * H
+    assert "aten::baddbmm_" in found["kernels"] or "aten::bmm" in found["kernels"]

@@ -46,7 +46,7 @@ def test_nouns_are_words_between_a_determiner_and_a_follower(elmo):
 def bed_of(elmo, texts: list[str]) -> findings.Bed:
     part = Part([(text,) for text in texts], np.arange(len(texts)) % 2)
     task = Task("ag_news", ["a", "b"], part, part, part, texts)
-    return findings.Bed(None, elmo, task, {"validation": Texts(part, elmo), "test": Texts(part, elmo)})
+    return findings.Bed(None, elmo, task, part, {"validation": Texts(part, elmo), "test": Texts(part, elmo)})
 
 
 def test_the_leak_test_is_silent_on_the_bilm_and_not_on_a_model_that_leaks(elmo, monkeypatch):
@@ -121,7 +121,7 @@ def test_every_finding_is_drawn_and_told_in_the_readme_also_where_some_are_missi
     about = {"command": "python report/findings.py --only it", "minutes": 1.2}
     cosines = np.full((3, 4, 4), 0.5).tolist()
     made = {
-        "labels": {"shares": list(findings.SHARES), "rows": [1] * 7, "measured": 7, "systems": {
+        "labels": {"shares": list(findings.SHARES), "rows": [1] * 7, "measured": 7, "chosen_on": 5, "systems": {
             name: [point] * 7 for name in ("elmo", "word2vec", "tfidf")}},
         "mixes": {"rows": 5, "seeds": 2, "variants": {"layer 0": {"validation": share, "test": share, "s": None}}},
         "senses": {"words": {"bank": {}}, "uses": 9, "majority": 0.4, "layers": [0.3, 0.7, 0.6], "best": 1,
@@ -138,6 +138,9 @@ def test_every_finding_is_drawn_and_told_in_the_readme_also_where_some_are_missi
     text = readme.findings(made)
     assert "| 85.0 |" in text and "| layer 0 | 90.00 ± 1.00 | 90.00 ± 1.00 |" in text and "| 70.0 |" in text
     assert readme.findings({"bilm": "0"}) == "" and "70.0" in readme.findings({"senses": made["senses"]})
+    for name, number in (("senses", "72.0 %; 40.0 %"), ("labels", "85.0 %; 85.0 %")):
+        (tmp_path / "findings.json").write_text(json.dumps({name: made[name]}))
+        assert number in (text := readme.results(tmp_path)) and text.count("\n") == 2
 
 
 def test_findings_of_another_bilm_are_refused(elmo, tmp_path):

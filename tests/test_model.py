@@ -1,5 +1,6 @@
 """The biLM itself: leakage, alignment, padding, losses and optimizer against second, slow implementations."""
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -312,6 +313,8 @@ def test_work_on_each_core_is_done_once_and_its_errors_arrive():
     finally:
         torch.set_num_threads(cores)
     assert sorted(done) == [(i, 1) for i in range(50)]
+    with ThreadPoolExecutor(1) as pool:                             # a thread that comes later has all cores again
+        assert pool.submit(torch.get_num_threads).result() == cores
 
 
 def test_bf16_states_are_fp32_states_to_bf16s_precision(elmo):
