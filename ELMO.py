@@ -45,10 +45,10 @@ FORMAT = "elmo-bilm-1"
 class Config:
     """Every knob of pretraining; the defaults are the published run. InputError where a value is out of range."""
     representation: str = knob("embedding", "what x is made from", ("embedding", "word2vec", "char"))
-    width: int = knob(384, "P: width of x and of each LSTM's output, at most `hidden`", least=1, most=8192)
-    hidden: int = knob(384, "H: cells of each LSTM, projected to P where wider", least=1, most=65536)
+    width: int = knob(448, "P: width of x and of each LSTM's output, at most `hidden`", least=1, most=8192)
+    hidden: int = knob(448, "H: cells of each LSTM, projected to P where wider", least=1, most=65536)
     skip: bool = knob(True, "add layer 1's output to layer 2's, as the paper does")
-    dropout: float = knob(0.1, "share of units left out, the same ones for a whole row", most=0.95)
+    dropout: float = knob(0.2, "share of units left out, the same ones for a whole row", most=0.95)
     word_dropout: float = knob(0.0, "share of words left out of the input", most=0.95)
     lowercase: bool = knob(True, "lower-case the text")
     min_count: int = knob(3, "a word enters the vocabulary when training rows hold it this often", least=1)
@@ -57,12 +57,12 @@ class Config:
     max_chars: int = knob(24, "char: bytes of a word that are read", least=3, most=200)
     rows: int = knob(0, "train on this many rows of train.csv only, for short trials; 0 takes all")
     validation: int = knob(4000, "rows of train.csv that are kept apart for every choice", least=1)
-    epochs: float = knob(3.0, "passes over the training rows", most=100_000)
-    batch_tokens: int = knob(2000, "positions (rows x T) of a batch", least=1)
+    epochs: float = knob(4.0, "passes over the training rows", most=100_000)
+    batch_tokens: int = knob(3000, "positions (rows x T) of a batch", least=1)
     negatives: int = knob(2048, "sampled words of the training softmax; at V and above it is the full one", least=1)
     sampling_power: float = knob(0.75, "words are sampled by count to this power", most=4)
-    lr: float = knob(5e-3, "highest learning rate of the LSTMs and the character network (AdamW)", most=10)
-    table_lr: float = knob(1e-2, "highest learning rate of the tied table (row-wise lazy Adam)", most=10)
+    lr: float = knob(8e-3, "highest learning rate of the LSTMs and the character network (AdamW)", most=10)
+    table_lr: float = knob(1.6e-2, "highest learning rate of the tied table (row-wise lazy Adam)", most=10)
     warmup: float = knob(0.03, "share of the steps in which the rate rises; then it falls as a cosine", most=1)
     beta2: float = knob(0.99, "Adam's decay of the squared gradient", most=0.99999)
     weight_decay: float = knob(0.0, "AdamW's, of the LSTMs and the character network", most=10)
@@ -244,7 +244,7 @@ class BiLM(nn.Module):
     `table` and `table_bias` are buffers, not parameters: no gradient of their size exists, only that of the rows that a
     step touches. They are changed in place by RowAdam.
     """
-    STD = 0.05          # of the table's entries at first: rows of norm about 1 at P = 384
+    STD = 0.05          # of the table's entries at first: rows of norm about 1 at P = 448
 
     def __init__(self, config: Config, size: int):
         super().__init__()
@@ -653,7 +653,7 @@ class ELMo:
                 for b, row in enumerate(rows):
                     forward, backward = h[:, b, :, 1:n[row] + 1]                                # (3, n, P)
                     out[row] = torch.cat([forward, backward.flip(1)], dim=-1)                   # (3, n, D)
-            on_each_core(embed, batches(n, 1500), self.model.table.device)
+            on_each_core(embed, batches(n, 1500 if self.model.table.is_cpu else 6000), self.model.table.device)
             yield from out
 
     def score(self, texts: Sequence[str]) -> dict:
