@@ -645,7 +645,7 @@ class ELMo:
         while chunk := list(islice(texts, window)):
             encoded = self.encode(chunk)
             out, n = [None] * len(chunk), np.diff(encoded.tokens.offsets)
-            def embed(rows: np.ndarray, encoded=encoded, out=out, n=n) -> None:
+            def _embed(rows: np.ndarray, encoded=encoded, out=out, n=n) -> None:
                 x = collate(encoded, rows)[0].to(self.model.table.device)
                 with torch.inference_mode():
                     h = self.model.states(self.model.represent(x, chars=encoded.chars), dtype)
@@ -653,7 +653,7 @@ class ELMo:
                 for b, row in enumerate(rows):
                     forward, backward = h[:, b, :, 1:n[row] + 1]                                # (3, n, P)
                     out[row] = torch.cat([forward, backward.flip(1)], dim=-1)                   # (3, n, D)
-            on_each_core(embed, batches(n, 1500 if self.model.table.is_cpu else 6000), self.model.table.device)
+            on_each_core(_embed, batches(n, 1500 if self.model.table.is_cpu else 6000), self.model.table.device)
             yield from out
 
     def score(self, texts: Sequence[str]) -> dict:
