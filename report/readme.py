@@ -194,7 +194,7 @@ def findings(r: dict) -> str:
         shares = [f"{share:g} %" for share in r["labels"]["shares"]]
         lines += [f"| test accuracy with labels of | {' | '.join(shares)} |", "|---|" + "--:|" * len(shares)]
         for name, points in r["labels"]["systems"].items():
-            means = [f"{100 * sum(point['test']) / len(point['test']):.1f}" for point in points]
+            means = [f"{percent_of(point):.1f}" for point in points]
             lines.append(f"| {NAMES.get(name, 'ELMo, trainable')} | {' | '.join(means)} |")
         lines += ["", made_finding(r["labels"]), ""]
     if "mixes" in r:
@@ -216,6 +216,11 @@ def findings(r: dict) -> str:
     return "\n".join(lines)
 
 
+def percent_of(point: dict) -> float:
+    """Mean test accuracy over the seeds of a share of the labels."""
+    return 100 * sum(point["test"]) / len(point["test"])
+
+
 def made_finding(n: dict) -> str:
     """How one of them came about."""
     return f"Made by `{n['command']}` in {n['minutes']:.0f} minutes."
@@ -230,7 +235,7 @@ BLOCKS: dict[str, Callable[[dict], str]] = {
 
 
 def perplexities(r: dict) -> tuple[str, str, str]:
-    """A line of the results, as the functions below: what, the number, the command."""
+    """A line of the results, as the functions below: what, the number, the command; None where the JSON lacks it."""
     test = r["splits"]["test"]
     return (f"test perplexity, full softmax over {r['vocabulary']:,} words, forward and backward; Kneser-Ney, forward",
             f"{test['forward']['perplexity']:.1f}, {test['backward']['perplexity']:.1f}; "
@@ -249,7 +254,9 @@ def accuracy_of(what: str) -> Callable[[dict], tuple[str, str, str]]:
     return line
 
 
-def gap(r: dict) -> tuple[str, str, str]:
+def gap(r: dict) -> tuple[str, str, str] | None:
+    if "trainable" not in r["rows"]:
+        return None
     name = best_of({name: n["validation"]["mean"] for name, n in r["rows"].items()})
     n = r["rows"][name]
     found = n["against"]["word2vec"]
@@ -257,22 +264,24 @@ def gap(r: dict) -> tuple[str, str, str]:
             f"{100 * found['difference']:+.2f} points, p = {found['p']:.1g}", r["command"])
 
 
-def few_labels(r: dict) -> tuple[str, str, str]:
+def few_labels(r: dict) -> tuple[str, str, str] | None:
+    if "labels" not in r:
+        return None
     n = r["labels"]
-    def mean(name: str, share: float) -> float:
-        values = n["systems"][name][n["shares"].index(share)]["test"]
-        return 100 * sum(values) / len(values)
-    return ("test accuracy with 1 % of the labels; Word2Vec with 3 %",
-            f"{mean('elmo', 1.0):.1f} %; {mean('word2vec', 3.0):.1f} %", n["command"])
+    ours, theirs = (percent_of(n["systems"][name][n["shares"].index(share)])
+                    for name, share in (("elmo", 1.0), ("word2vec", 3.0)))
+    return "test accuracy with 1 % of the labels; Word2Vec with 3 %", f"{ours:.1f} %; {theirs:.1f} %", n["command"]
 
 
-def senses(r: dict) -> tuple[str, str, str]:
+def senses(r: dict) -> tuple[str, str, str] | None:
+    if "senses" not in r:
+        return None
     n = r["senses"]
     return ("class of an ambiguous noun's use told by its nearest uses; by the noun alone",
             f"{100 * n['votes'][n['best']]:.1f} %; {100 * n['majority']:.1f} %", n["command"])
 
 
-RESULTS: list[tuple[str, Callable[[dict], tuple[str, str, str]]]] = [
+RESULTS: list[tuple[str, Callable[[dict], tuple[str, str, str] | None]]] = [
     ("pretraining", perplexities), ("classification", accuracy_of("test accuracy on AG News, the biLM frozen")),
     ("baselines", gap), ("finetuned", accuracy_of("AG News, the biLM fine-tuned, with n-grams")),
     ("titled", accuracy_of("AG News with titles, fine-tuned, with n-grams")),
@@ -291,9 +300,8 @@ def results(folder: Path) -> str:
         path = folder / f"{name}.json"
         if path.exists():
             with written_json(path) as r:
-                needed = {few_labels: "labels", senses: "senses"}.get(row)
-                if (needed is None or needed in r) and not (row is gap and "trainable" not in r["rows"]):
-                    what, number, command = row(r)
+                if line := row(r):
+                    what, number, command = line
                     lines.append(f"| {what} | {number} | `{command}` |")
     return "\n".join(lines)
 
