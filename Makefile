@@ -7,7 +7,7 @@ DEMO    = build/demo
 SMALL   = --hidden 96 --validation 800 --epochs 5 --batch-tokens 800 --negatives 400 --lr 0.006 --table-lr 0.006
 HEADS   = --hidden 32 --epochs 3 --batch-tokens 800 --lr 0.006 --dropout 0
 
-.PHONY: help setup demo test kills lint train bench faults report clean
+.PHONY: help setup demo test kills lint train bench faults findings report clean
 
 help:           ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:[^#]*## */\t/' | expand -t 12
@@ -46,9 +46,13 @@ faults: setup   ## kills, damage, wrong inputs, full disk: what the scripts surv
 bench: setup    ## speed on this machine, to models/bench.json
 	$(PY) report/bench.py
 
-report: setup   ## figures and README tables from the committed JSON
+findings: setup ## the paper's findings on the published biLM, to models/findings.json; under 90 minutes
+	$(PY) report/findings.py --resume
+
+report: setup   ## figures, README tables, report.pdf and the notebook's outputs from the committed files
 	$(PY) report/figures.py
 	$(PY) report/readme.py
+	$(PY) report/build.py
 
 clean:          ## everything that a command can make again
 	rm -rf build data/cache .pytest_cache .ruff_cache
