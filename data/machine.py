@@ -94,10 +94,19 @@ def end_with_parent() -> None:
 
 
 def machine(device: torch.device) -> dict:
-    """What the numbers were measured on, in public terms."""
-    cpu = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
-    return {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu, "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(), "system": platform.system(), "bf16_hardware": fast_bf16(device)}
+    """What the numbers were measured on, in public terms; bf16_by: the instructions of a CPU's bf16 products.
+
+    oneDNN's variable ONEDNN_MAX_CPU_ISA can keep AMX from being used; the device is then named with it.
+    """
+    about = {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "system": platform.system(),
+             "bf16_hardware": fast_bf16(device)}
+    if device.type == "cuda":
+        return {"device": torch.cuda.get_device_name(device)} | about
+    can, most = torch.cpu.get_capabilities(), os.environ.get("ONEDNN_MAX_CPU_ISA", "")
+    amx = can.get("amx_bf16") and not most.upper().startswith("AVX")
+    by = ("AMX" if amx else "AVX-512") if about["bf16_hardware"] else None
+    name = can.get("cpu_name", platform.machine()) + (f", {most} at most" if most else "")
+    return {"device": name, "bf16_by": by} | about
 
 
 def versions() -> dict:

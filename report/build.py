@@ -1,7 +1,7 @@
-"""report.pdf and explore.ipynb anew: the one from models/*.json and its figures, the other run on the published files.
+"""Makes report.pdf from models/*.json and its figures, and runs explore.ipynb on the published files.
 
-`python report/build.py` takes a minute. Typst is pinned and reads its own fonts alone, so that the same JSON and figures
-give the same PDF byte for byte; the notebook reads AG News' test rows.
+`python report/build.py` takes a minute. Typst is pinned and reads its own fonts alone, so that the same JSON and
+figures give the same PDF byte for byte; the notebook reads AG News' test rows.
 """
 import sys
 from collections.abc import Sequence
@@ -26,8 +26,8 @@ def pdf() -> bytes:
     try:
         return typst.compile(HERE / "report.typ", root=HERE.parent, ignore_system_fonts=True)
     except typst.TypstError as error:
-        raise InputError(f"report.typ cannot be compiled: {one_line(error)}; make the file that is missing, `make train` "
-                         "and `make findings` write them") from None
+        raise InputError(f"report.typ cannot be compiled: {one_line(error)}; make the file that is missing, "
+                         "`make train` and `make findings` write them") from None
 
 
 def executed() -> nbformat.NotebookNode:

@@ -65,15 +65,24 @@ def bench(r: dict) -> str:
                  ("largest difference from linear time", f"{r['off_linear']:.0%}"),
                  ("targets a second of one process of one thread, of two that share every batch",
                   f"{r['processes']['one']:,.0f}, {r['processes']['two']:,.0f}")]
-    bf16 = "with" if r["machine"]["bf16_hardware"] else "without"
     lines = ["| what | measured |", "|---|--:|", *(f"| {what} | {value} |" for what, value in rows), ""]
     if "passes" in r:
         lines += passes(r["passes"])
     if "to_perplexity" in r:
         lines += to_perplexity(r["to_perplexity"])
-    lines.append(f"Made by `{r['command']}` on {r['machine']['cores']} cores ({r['machine']['device']}, {bf16} bf16 "
-                 "hardware).")
+    lines.append(f"Made by `{r['command']}` on {on(r['machine'])}.")
+    lines += [f"On {on(other['machine'])}: {other['tokens_per_second']:,.0f} targets a second, "
+              f"{other['share_of_peak']:.0%} of that machine's {other['peak']['precision']} peak "
+              f"({other['peak']['gflops']:,.0f} GFLOP/s), products {other['share_of_products']:.0%} of a step."
+              for other in r["devices"].values()]
     return "\n".join(lines)
+
+
+def on(machine: dict) -> str:
+    """2 cores (AMD EPYC, with bf16 hardware), or the instructions that multiply bf16 where they are known."""
+    by = machine.get("bf16_by")
+    bf16 = f"bf16 by {by}" if by else f"{'with' if machine['bf16_hardware'] else 'without'} bf16 hardware"
+    return f"{machine['cores']} cores ({machine['device']}, {bf16})"
 
 
 def passes(r: dict) -> list[str]:
@@ -120,9 +129,7 @@ def share_of(number: dict) -> str:
 
 def made(r: dict) -> str:
     """How a classification JSON came about."""
-    bf16 = "with" if r["machine"]["bf16_hardware"] else "without"
-    return (f"Made by `{r['command']}` in {r['minutes']:.0f} minutes on {r['machine']['cores']} cores "
-            f"({r['machine']['device']}, {bf16} bf16 hardware).")
+    return f"Made by `{r['command']}` in {r['minutes']:.0f} minutes on {on(r['machine'])}."
 
 
 def mix(n: dict) -> str:

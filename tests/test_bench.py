@@ -8,7 +8,8 @@ from conftest import SENTENCES, encoded, tiny
 
 import ELMO
 from data import sample
-from report import bench, loops
+from data.machine import machine
+from report import bench, loops, readme
 
 CPU = torch.device("cpu")
 
@@ -101,6 +102,19 @@ def test_the_bench_writes_its_numbers_and_keeps_those_of_other_devices(builtin, 
     assert set(result["passes"]) == {"training", "embed_fp32", "embed_bf16"}
     assert bench.main([*argv[:-4], "--seconds", "0.01"]) == 0      # the minutes to a perplexity stay
     assert json.loads(out.read_text())["to_perplexity"] == result["to_perplexity"]
+
+
+def test_a_machine_whose_instructions_are_limited_is_another_device(monkeypatch):
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    full = machine(CPU)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+    limited = machine(CPU)
+    assert limited["device"] == f"{full['device']}, AVX512_CORE_BF16 at most" and limited["bf16_by"] != "AMX"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True, "avx512_bf16": True, "cpu_name": "A"})
+    assert machine(CPU)["bf16_by"] == "AVX-512"
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
+    assert machine(CPU)["bf16_by"] == "AMX"
+    assert "(A, bf16 by AMX)" in readme.on(machine(CPU))
 
 
 def test_a_pass_is_told_by_the_operations_of_its_products_and_by_its_kernels():
