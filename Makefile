@@ -7,7 +7,7 @@ DEMO    = build/demo
 SMALL   = --hidden 96 --validation 800 --epochs 5 --batch-tokens 800 --negatives 400 --lr 0.006 --table-lr 0.006
 HEADS   = --hidden 32 --epochs 3 --batch-tokens 800 --lr 0.006 --dropout 0
 
-.PHONY: help setup demo test kills lint train bench faults findings report clean
+.PHONY: help setup demo test kills lint train tasks bench faults findings report clean
 
 help:           ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:[^#]*## */\t/' | expand -t 12
@@ -39,6 +39,11 @@ train: setup    ## the published runs: AG News to models/*.pt and the baselines
 	$(PY) classification.py --finetune --ngrams --seeds 3 --ensemble --resume
 	$(PY) classification.py --fields title+description --finetune --ngrams --seeds 2 --ensemble --resume
 	$(PY) report/baselines.py --seeds 3
+
+tasks: setup    ## SST and NLI on the published biLM; $$SST_DIR and $$NLI_DIR name their folders
+	$(PY) classification.py --task sst5 --adapt 2
+	$(PY) classification.py --task sst2 --adapt 2
+	$(PY) classification.py --task nli --adapt 1 --epochs 3
 
 faults: setup   ## kills, damage, wrong inputs, full disk: what the scripts survive, to models/faults.json
 	$(PY) report/faults.py

@@ -621,7 +621,7 @@ def vectors_of(config: Config, elmo: ELMo, task: Task) -> Vectors:
     if config.vectors in ("word2vec", "svd"):
         encoded = elmo.encode(task.corpus)
         data = Data(elmo.words, encoded, np.arange(len(encoded.tokens)), np.arange(0))
-        table = torch.from_numpy(static_vectors(config.vectors, data, 300, 10, config.seed)).to(model.table.device)
+        table = torch.from_numpy(static_vectors(config.vectors, data, seed=config.seed)).to(model.table.device)
     return Vectors(config.vectors, model, table)
 
 

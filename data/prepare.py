@@ -31,6 +31,7 @@ SHA256 = {"train": "76a0a2d2f92b286371fe4d4044640910a04a803fdd2538e0f3f29a5c6f6b
           "test": "521465c2428ed7f02f8d6db6ffdd4b5447c1c701962353eb2c40d548c3c85699"}
 CACHE = HERE / "cache"      # of tokenized corpora
 COLUMNS = ["class", "title", "description"]
+STATIC_VECTORS = {"width": 300, "passes": 10, "window": 5, "negatives": 10}     # the first and third of SVD too
 
 
 # ---------------------------------------------------------------------------------------------------- finding
@@ -365,12 +366,13 @@ def word2vec(data, size: int, epochs: int, seed: int, skip_gram: bool = False) -
             tokens, lookup = data.encoded.tokens, data.encoded.lookup
             for row in data.train:
                 yield lookup[tokens.ids[tokens.offsets[row]:tokens.offsets[row + 1]]].tolist()
-    vectors = Word2Vec(Sentences(), vector_size=size, min_count=1, workers=1, seed=seed, epochs=epochs, negative=10,
-                       sg=int(skip_gram)).wv
+    vectors = Word2Vec(Sentences(), vector_size=size, min_count=1, workers=1, seed=seed, epochs=epochs,
+                       sg=int(skip_gram), window=STATIC_VECTORS["window"], negative=STATIC_VECTORS["negatives"]).wv
     return {i: vectors[i] for i in range(len(data.words)) if i in vectors.key_to_index}
 
 
-def static_vectors(kind: str, data, size: int, epochs: int, seed: int) -> np.ndarray:
+def static_vectors(kind: str, data, size: int = STATIC_VECTORS["width"], epochs: int = STATIC_VECTORS["passes"],
+                   seed: int = 0) -> np.ndarray:
     """(V, size) float32 of unit variance, one vector per word of a data.text.Data, for --vectors word2vec or svd.
 
     Word2Vec as skip-gram: slower than CBOW, and clearly better as the mean of a validation row's words.
@@ -384,7 +386,7 @@ def static_vectors(kind: str, data, size: int, epochs: int, seed: int) -> np.nda
     return table / max(table.std(), 1e-12)
 
 
-def svd(data, size: int, seed: int, window: int = 5) -> np.ndarray:
+def svd(data, size: int, seed: int, window: int = STATIC_VECTORS["window"]) -> np.ndarray:
     """(V, size) left singular vectors times the values' roots, of the words' positive pointwise mutual information.
 
     Counted over all pairs of words at most `window` apart in a training row (Levy, Goldberg and Dagan 2015), by

@@ -217,13 +217,13 @@ def layer_weights(r: dict):
     top = [task for task, run in r["tasks"].items() if np.mean(run["s"], axis=0).argmax() == 2]
     axes.set_title(f"The top layer weighs most in {len(top)} of {len(tasks)} runs\n"
                    "(dots: seeds; dotted: equal weights)", fontsize=10)
-    axes.legend(fontsize=8, frameon=False, ncols=3)
+    axes.legend(fontsize=8, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     return figure
 
 
 def similarity(r: dict):
     """Cosine similarity of each two words of a sentence, a panel a layer."""
-    figure = Figure(figsize=(10.2, 4))
+    figure = Figure(figsize=(10.2, 4), layout="constrained")
     panels, layers = figure.subplots(1, 3, sharey=True), np.array(r["layers"])
     for j, axes in enumerate(panels):
         image = heat_map(axes, layers[j], r["tokens"], 1, rotation=90)

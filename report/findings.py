@@ -4,10 +4,11 @@
     python report/findings.py --only senses     the named ones anew, the others as they are in the file
 
 Schema of findings.json: bilm (digest), and one entry by finding, each with its command, minutes, versions and machine:
-    labels (figure 1 of the paper): shares [% of the training rows], rows, chosen_on (validation rows by which weights,
-        of tfidf also knobs, are chosen), measured (test rows), systems.{elmo, word2vec, tfidf}: for every share {test:
-        accuracy of each seed, validation: the same on those rows, of the last share on all}. The last share is that of
-        classification.json and baselines.json; below it each seed draws its own rows, the same for all systems
+    labels (figure 1 of the paper): static (data.prepare.STATIC_VECTORS), shares [% of the training rows], rows,
+        chosen_on (validation rows by which weights, of tfidf also knobs, are chosen), measured (test rows),
+        systems.{elmo, word2vec, tfidf}: for every share {test: accuracy of each seed, validation: the same on those
+        rows, of the last share on all}. The last share is that of classification.json and baselines.json; below it
+        each seed draws its own rows, the same for all systems
     mixes (tables 2 and 3): rows, seeds, variants.{name}: {validation, test: {mean, deviation}, s: of the first seed}
     senses (section 5.3; the sense of a use is taken as the class of its row): the rule, pool, voters, words.{word}:
         {uses, majority: share that is of the word's most frequent class in training rows, layers: [share whose nearest
@@ -46,7 +47,7 @@ from classification import Config, Head, Layer, Linears, ScalarMix, Trainer, Vec
 from data.files import InputError, write_json, written_json
 from data.knobs import Parser, script
 from data.machine import default_device, machine, versions
-from data.prepare import CACHE, Part, Task, read_task
+from data.prepare import CACHE, STATIC_VECTORS, Part, Task, read_task
 from data.text import Texts
 from ELMO import ELMo
 from report import figures
@@ -148,7 +149,7 @@ def labels(bed: Bed) -> dict:
     systems["word2vec"].append({part: others["word2vec"]["each"][part] for part in parts})
     systems["tfidf"].append({part: [others["tfidf"][part]["mean"]] for part in parts})
     return {"shares": list(SHARES), "rows": rows, "chosen_on": len(bed.some), "measured": len(bed.task.test),
-            "systems": systems}
+            "static": STATIC_VECTORS, "systems": systems}
 
 
 # ------------------------------------------------------------------------------------- mixes (tables 2 and 3)
@@ -171,7 +172,7 @@ LAYERS = {"layer 0": [0], "layer 1": [1], "layer 2": [2]}
 STRENGTHS = {"all layers, lambda 0": 0.0, "all layers, lambda 1/1000": 0.001, "all layers, lambda 1": 1.0}
 PLACES = {"Word2Vec": (True, False, False), "Word2Vec, ELMo at the input": (True, True, False),
           "Word2Vec, ELMo at the output": (True, False, True), "Word2Vec, ELMo at both": (True, True, True)}
-STATIC = 300
+STATIC = STATIC_VECTORS["width"]
 
 
 class Variant(Head):
