@@ -90,9 +90,13 @@ class PlainLM(nn.Module):
 
 
 class PlainLoop:
-    """A loop without anything of ELMO.py's: autocast for bf16, batches of about equal length, full softmax."""
+    """A loop without anything of ELMO.py's: autocast for bf16, batches of about equal length, full softmax.
 
-    def __init__(self, config: ELMO.Config, data: Data, dtype: torch.dtype, device: torch.device, lr: float = 1e-3):
+    lr was chosen by validation perplexity after three quarters of a pass over a tenth of the rows, in bf16: 673 with
+    1e-3, 430 with 3e-3, 346 with 6e-3, 338 with 1.2e-2, which was slower at first; 8e-3 is ELMO.py's own.
+    """
+
+    def __init__(self, config: ELMO.Config, data: Data, dtype: torch.dtype, device: torch.device, lr: float = 8e-3):
         torch.manual_seed(config.seed)
         self.config, self.data, self.dtype, self.device = config, data, dtype, device
         self.model, counts = PlainLM(config, len(data.words)).to(device), data.counts()
