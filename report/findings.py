@@ -1,6 +1,7 @@
 """The paper's findings at the scale of AG News: one function each, models/findings.json, and their figures.
 
     python report/findings.py                   all of them, under 90 minutes on two cores; --resume keeps finished ones
+                                                and, in build/findings, the finished runs of `labels`
     python report/findings.py --only senses     the named ones anew, the others as they are in the file
 
 Schema of findings.json: bilm (digest), and one entry by finding, each with its command, minutes, versions and machine:
@@ -31,7 +32,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import islice
 from pathlib import Path
 
@@ -54,6 +55,7 @@ from report import figures
 from report.baselines import tfidf
 
 ROOT = Path(__file__).resolve().parent.parent
+KEPT = ROOT / "build" / "findings" / "labels.json"      # its finished runs
 SHARES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)        # % of the training rows that have labels
 SEEDS = {0.1: 5, 0.3: 5, 1.0: 5, 3.0: 5, 10.0: 2, 30.0: 1}
 EVALUATIONS = 3                                         # of a run, on the validation rows
@@ -125,26 +127,46 @@ def hits(p: Tensor, gold: Tensor) -> list[float]:
     return (p.argmax(dim=2) == gold).double().mean(dim=1).tolist()
 
 
+class Kept:
+    """Finished runs of `labels` by what made them, in a JSON of one biLM, so that a stopped command can go on."""
+
+    def __init__(self, file: Path, digest: str):
+        self.file, self.content = file, {"bilm": digest, "runs": {}}
+        if file.exists():
+            with written_json(file) as old:
+                self.content = old if old["bilm"] == digest else self.content
+
+    def __call__(self, name: str, run: Callable[[], dict]) -> dict:
+        """What was kept under the name, or else what the run returns."""
+        if name not in self.content["runs"]:
+            self.content["runs"][name] = run()
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.file, self.content)
+        return self.content["runs"][name]
+
+
 def labels(bed: Bed) -> dict:
     """Test accuracy of ELMo, Word2Vec and TF-IDF with few labelled rows; vectors and counts from all texts."""
     full, others = bed.published("classification")["settings"]["trainable"], bed.published("baselines")["rows"]
-    kinds = {"elmo": vectors_of(Config(), bed.elmo, bed.task), "word2vec": bed.word2vec}
-    systems = {name: [] for name in (*kinds, "tfidf")}
-    rows, counted = [round(len(bed.task.train) * share / 100) for share in SHARES], {}
+    parts, kept, counted = ("test", "validation"), Kept(KEPT, bed.elmo.digest), {}
+    vectors = {"elmo": vectors_of(Config(), bed.elmo, bed.task), "word2vec": bed.word2vec}
+    def by_head(config: Config) -> dict:
+        p = trained(config, vectors[config.vectors], bed)[1]
+        return {part: hits(p[part]["trainable"], bed.parts[part].labels)[0] for part in parts}
+    def by_counts(n: int, seed: int) -> dict:
+        numbers, _ = tfidf(replace(bed.task.with_labels(n, seed), validation=bed.some), counted)
+        return {part: numbers[part]["mean"] for part in parts}
+    systems = {name: [] for name in (*vectors, "tfidf")}
+    rows = [round(len(bed.task.train) * share / 100) for share in SHARES]
     for share, n in zip(SHARES[:-1], rows, strict=False):
-        found = {name: {"test": [], "validation": []} for name in systems}
-        for seed in range(SEEDS[share]):
-            for kind, vectors in kinds.items():
-                p = trained(few_labels(n, share, seed, kind), vectors, bed)[1]
-                for part in found[kind]:
-                    found[kind][part] += hits(p[part]["trainable"], bed.parts[part].labels)
-            numbers, _ = tfidf(replace(bed.task.with_labels(n, seed), validation=bed.some), counted)
-            for part in found["tfidf"]:
-                found["tfidf"][part].append(numbers[part]["mean"])
-        for name, numbers in found.items():
-            systems[name].append(numbers)
-            print(f"{share:g} % of the labels, {name}: {np.mean(numbers['test']):.2%}", flush=True)
-    parts = ("test", "validation")
+        for name, points in systems.items():
+            runs = []
+            for seed in range(SEEDS[share]):
+                config = few_labels(n, share, seed, name) if name in vectors else None
+                runs.append(kept(f"{config}", partial(by_head, config)) if config else
+                            kept(f"tfidf, rows {n}, seed {seed}", partial(by_counts, n, seed)))
+            points.append({part: [run[part] for run in runs] for part in parts})
+            print(f"{share:g} % of the labels, {name}: {np.mean(points[-1]['test']):.2%}", flush=True)
     systems["elmo"].append({part: [seed["accuracy"] for seed in full[part]["seeds"]] for part in parts})
     systems["word2vec"].append({part: others["word2vec"]["each"][part] for part in parts})
     systems["tfidf"].append({part: [others["tfidf"][part]["mean"]] for part in parts})
@@ -449,7 +471,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="findings.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "models", help="folder of the published files and the JSON")
     parser.add_argument("--only", help=f"these alone, with commas between: {', '.join(FINDINGS)}")
-    parser.add_argument("--resume", action="store_true", help="keep the findings that the file has of this biLM")
+    parser.add_argument("--resume", action="store_true", help="keep what the file has of this biLM, and finished runs")
     options = parser.parse_args(argv)
     wanted = options.only.split(",") if options.only else list(FINDINGS)
     if unknown := sorted(set(wanted) - set(FINDINGS)):
@@ -458,6 +480,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if file.exists():
         with written_json(file) as old:
             result = old if old["bilm"] == bed.elmo.digest else {}
+    if not options.resume:
+        KEPT.unlink(missing_ok=True)
     for name in wanted:
         if options.resume and name in result:
             continue

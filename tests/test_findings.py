@@ -240,3 +240,14 @@ def test_a_stopped_trial_ends_the_sweep_and_a_loss_that_is_not_finite_does_not()
         sweep.lowest(lambda: SimpleNamespace(finished=True, request=SimpleNamespace(is_set=lambda: True)))
     with pytest.raises(ELMO.InputError, match="missing"):
         sweep.lowest(lambda: (_ for _ in ()).throw(ELMO.InputError("missing")))
+
+
+def test_finished_runs_are_kept_for_the_same_bilm_alone(tmp_path):
+    file, runs = tmp_path / "build" / "labels.json", []
+    def run() -> dict:
+        runs.append(1)
+        return {"test": 0.5}
+    assert findings.Kept(file, "a")("one", run) == findings.Kept(file, "a")("one", run) == {"test": 0.5}
+    assert len(runs) == 1
+    findings.Kept(file, "a")("two", run)
+    assert findings.Kept(file, "b")("one", run) == {"test": 0.5} and len(runs) == 3
