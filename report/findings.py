@@ -52,7 +52,7 @@ from data.prepare import CACHE, STATIC_VECTORS, Part, Task, read_task
 from data.text import Texts
 from ELMO import ELMo
 from report import figures
-from report.baselines import tfidf
+from report.baselines import TRIED, tfidf
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "build" / "findings" / "labels.json"      # its finished runs
@@ -128,27 +128,32 @@ def hits(p: Tensor, gold: Tensor) -> list[float]:
 
 
 class Kept:
-    """Finished runs of `labels` by what made them, in a JSON of one biLM, so that a stopped command can go on."""
+    """Finished runs of `labels` by what made them, in a JSON of one recipe, so that a stopped command can go on."""
 
-    def __init__(self, file: Path, digest: str):
-        self.file, self.content = file, {"bilm": digest, "runs": {}}
+    def __init__(self, file: Path, recipe: str):
+        self.file, self.content, self.earlier = file, {"recipe": recipe, "runs": {}}, 0.0
         if file.exists():
             with written_json(file) as old:
-                self.content = old if old["bilm"] == digest else self.content
+                self.content = old if old["recipe"] == recipe else self.content
 
     def __call__(self, name: str, run: Callable[[], dict]) -> dict:
-        """What was kept under the name, or else what the run returns."""
-        if name not in self.content["runs"]:
-            self.content["runs"][name] = run()
+        """What was kept under the name, its minutes added to `earlier`, or else what the run returns."""
+        runs = self.content["runs"]
+        if name in runs:
+            self.earlier += runs[name]["minutes"]
+        else:
+            begin = time.perf_counter()
+            runs[name] = {"result": run()} | {"minutes": (time.perf_counter() - begin) / 60}
             self.file.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.file, self.content)
-        return self.content["runs"][name]
+        return runs[name]["result"]
 
 
 def labels(bed: Bed) -> dict:
     """Test accuracy of ELMo, Word2Vec and TF-IDF with few labelled rows; vectors and counts from all texts."""
     full, others = bed.published("classification")["settings"]["trainable"], bed.published("baselines")["rows"]
-    parts, kept, counted = ("test", "validation"), Kept(KEPT, bed.elmo.digest), {}
+    parts, counted = ("test", "validation"), {}
+    kept = Kept(KEPT, f"{bed.elmo.digest} {versions()} {EVALUATIONS} {STATIC_VECTORS} {TRIED} {len(bed.task.train)}")
     vectors = {"elmo": vectors_of(Config(), bed.elmo, bed.task), "word2vec": bed.word2vec}
     def by_head(config: Config) -> dict:
         p = trained(config, vectors[config.vectors], bed)[1]
@@ -171,7 +176,7 @@ def labels(bed: Bed) -> dict:
     systems["word2vec"].append({part: others["word2vec"]["each"][part] for part in parts})
     systems["tfidf"].append({part: [others["tfidf"][part]["mean"]] for part in parts})
     return {"shares": list(SHARES), "rows": rows, "chosen_on": len(bed.some), "measured": len(bed.task.test),
-            "static": STATIC_VECTORS, "systems": systems}
+            "static": STATIC_VECTORS, "systems": systems, "minutes": kept.earlier}
 
 
 # ------------------------------------------------------------------------------------- mixes (tables 2 and 3)
@@ -480,15 +485,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if file.exists():
         with written_json(file) as old:
             result = old if old["bilm"] == bed.elmo.digest else {}
-    if not options.resume:
+    if "labels" in wanted and not options.resume:
         KEPT.unlink(missing_ok=True)
     for name in wanted:
         if options.resume and name in result:
             continue
         begin = time.perf_counter()
-        result = {"bilm": bed.elmo.digest} | result | {name: FINDINGS[name](bed) | {
-            "command": f"python report/findings.py --only {name}", "minutes": (time.perf_counter() - begin) / 60,
-            "versions": versions(), "machine": machine(torch.device(default_device()))}}
+        found = FINDINGS[name](bed)
+        result = {"bilm": bed.elmo.digest} | result | {name: found | {
+            "command": f"python report/findings.py --only {name}", "versions": versions(),
+            "minutes": found.get("minutes", 0) + (time.perf_counter() - begin) / 60,
+            "machine": machine(torch.device(default_device()))}}
         write_json(file, result)
         print(f"{name}: {result[name]['minutes']:.1f} minutes", flush=True)
     figures.findings(result, options.out)

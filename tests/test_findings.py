@@ -242,12 +242,27 @@ def test_a_stopped_trial_ends_the_sweep_and_a_loss_that_is_not_finite_does_not()
         sweep.lowest(lambda: (_ for _ in ()).throw(ELMO.InputError("missing")))
 
 
-def test_finished_runs_are_kept_for_the_same_bilm_alone(tmp_path):
+def test_finished_runs_are_kept_for_the_same_recipe_alone(tmp_path):
     file, runs = tmp_path / "build" / "labels.json", []
     def run() -> dict:
         runs.append(1)
         return {"test": 0.5}
-    assert findings.Kept(file, "a")("one", run) == findings.Kept(file, "a")("one", run) == {"test": 0.5}
-    assert len(runs) == 1
-    findings.Kept(file, "a")("two", run)
+    first = findings.Kept(file, "a")
+    assert first("one", run) == {"test": 0.5} and first.earlier == 0
+    again = findings.Kept(file, "a")
+    assert again("one", run) == {"test": 0.5} and again.earlier > 0 and len(runs) == 1
+    again("two", run)
     assert findings.Kept(file, "b")("one", run) == {"test": 0.5} and len(runs) == 3
+
+
+def test_other_findings_leave_the_kept_runs_alone(elmo, tmp_path, monkeypatch):
+    monkeypatch.setattr(findings, "KEPT", tmp_path / "labels.json")
+    monkeypatch.setattr(findings.Bed, "of", classmethod(lambda cls, folder: SimpleNamespace(elmo=elmo)))
+    monkeypatch.setattr(findings, "FINDINGS", {"heatmap": lambda bed: {}, "labels": lambda bed: {"minutes": 7.0}})
+    monkeypatch.setattr(elmo, "digest", "a")
+    monkeypatch.setattr(figures, "findings", lambda *_: None)
+    findings.KEPT.write_text("{}")
+    assert findings.main(["--only", "heatmap", "--out", str(tmp_path)]) == 0 and findings.KEPT.exists()
+    assert findings.main(["--only", "labels", "--resume", "--out", str(tmp_path)]) == 0 and findings.KEPT.exists()
+    assert json.loads((tmp_path / "findings.json").read_text())["labels"]["minutes"] >= 7
+    assert findings.main(["--only", "labels", "--out", str(tmp_path)]) == 0 and not findings.KEPT.exists()
