@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,12 +21,24 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def bf16_by() -> str | None:
+    """The instructions by which this CPU multiplies bf16 matrices: "AMX", "AVX-512" or none.
+
+    oneDNN's variable ONEDNN_MAX_CPU_ISA can keep it from using them.
+    """
+    can, most = torch.cpu.get_capabilities(), os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    free = most in ("", "ALL", "DEFAULT")
+    if can.get("amx_bf16") and (free or "AMX" in most):
+        return "AMX"
+    later = free or any(name in most for name in ("BF16", "FP16", "AMX", "AVX10"))
+    return "AVX-512" if can.get("avx512_bf16") and later else None
+
+
 def fast_bf16(device: torch.device) -> bool:
     """Whether this device multiplies bf16 matrices in hardware; emulated they take several times as long as fp32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    can = torch.cpu.get_capabilities()
-    return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
+    return bf16_by() is not None
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -94,19 +107,14 @@ def end_with_parent() -> None:
 
 
 def machine(device: torch.device) -> dict:
-    """What the numbers were measured on, in public terms; bf16_by: the instructions of a CPU's bf16 products.
-
-    oneDNN's variable ONEDNN_MAX_CPU_ISA can keep AMX from being used; the device is then named with it.
-    """
+    """What the numbers were measured on, in public terms; a CPU that oneDNN is kept from using is named with that."""
     about = {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "system": platform.system(),
              "bf16_hardware": fast_bf16(device)}
     if device.type == "cuda":
         return {"device": torch.cuda.get_device_name(device)} | about
-    can, most = torch.cpu.get_capabilities(), os.environ.get("ONEDNN_MAX_CPU_ISA", "")
-    amx = can.get("amx_bf16") and not most.upper().startswith("AVX")
-    by = ("AMX" if amx else "AVX-512") if about["bf16_hardware"] else None
-    name = can.get("cpu_name", platform.machine()) + (f", {most} at most" if most else "")
-    return {"device": name, "bf16_by": by} | about
+    most = os.environ.get("ONEDNN_MAX_CPU_ISA", "")
+    name = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
+    return {"device": f"{name}, {most} at most" if most else name, "bf16_by": bf16_by()} | about
 
 
 def versions() -> dict:
@@ -114,7 +122,14 @@ def versions() -> dict:
 
 
 def peak_memory_gb() -> float:
-    """Largest resident memory of this process so far; ru_maxrss counts KiB on Linux, bytes on macOS."""
+    """Largest resident memory of this process so far.
+
+    From Linux's own count where it is there: ru_maxrss (KiB on Linux, bytes on macOS) begins with that of the process
+    which started this one.
+    """
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith("VmHWM:"))) * 1024 / 1e9
     import resource  # not on Windows, where the rest runs
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most / 1e9 if sys.platform == "darwin" else most * 1024 / 1e9

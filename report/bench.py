@@ -70,10 +70,10 @@ REPEATS = 3
 SIDE = 2048                                             # of the square product that measures the peak
 SIZES = {"10k": 10_000, "100k": 100_000, "800k": 800_000}
 WIDTHS = (128, 256, 512, 1024)
-ROWS = (4_000, 8_000, 16_000, 32_000)                   # of the built-in corpus: 1x, 2x, 4x, 8x
+ROWS = (16_000, 32_000, 64_000, 128_000)                # of the built-in corpus: 1x, 2x, 4x, 8x
 PLANS = {   # by --quick: seconds of a measure, fewest padded steps and pairs of steps, texts embedded, rows tokenized
     True: {"seconds": 2.0, "padded": 1, "pairs": 2, "texts": 300, "rows": 10_000},
-    False: {"seconds": 20.0, "padded": 2, "pairs": 6, "texts": 2000, "rows": None}}
+    False: {"seconds": 14.0, "padded": 2, "pairs": 6, "texts": 2000, "rows": None}}
 
 
 # --------------------------------------------------------------------------------------------------- measuring
@@ -404,13 +404,14 @@ def table(repeats: list[dict]) -> str:
 
 
 def merged(result: dict, file: Path) -> dict:
-    """The result, with what the file holds of other devices and, unless it is new, of --to-perplexity."""
+    """The result, with what the file holds of other devices and, of the same knobs and versions, of --to-perplexity."""
     old = json.loads(file.read_text()) if file.exists() else {}
     name, others = result["machine"]["device"], old.pop("devices", {})
     before = old.get("machine", {}).get("device")
-    if before == name:
-        result = {key: old[key] for key in ("to_perplexity",) if key in old} | result
-    elif before and "quick" in old:
+    same = all(old.get(key) == result[key] for key in ("config", "versions"))
+    if before == name and same and "to_perplexity" in old:
+        result = {"to_perplexity": old["to_perplexity"]} | result
+    if before != name and "quick" in old:
         others[before] = old
     return result | {"devices": {key: value for key, value in others.items() if key != name}}
 
@@ -422,7 +423,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="shorter measures, 3 minutes on two cores")
     parser.add_argument("--out", type=Path, default=ROOT / "models" / "bench.json", help="default models/bench.json")
-    parser.add_argument("--seconds", type=float, help="of each measure, instead of 2 (--quick) or 20")
+    parser.add_argument("--seconds", type=float, help="of each measure, instead of 2 (--quick) or 14")
     parser.add_argument("--to-perplexity", type=float, metavar="GOAL", help="also minutes to this perplexity")
     parser.add_argument("--minutes", type=float, default=30.0, help="most of each loop for that (default %(default)s)")
     add_knobs(parser, ELMO.Config)

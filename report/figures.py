@@ -109,12 +109,12 @@ def classes_confused(result: dict, setting: str, part: str):
     labels, numbers = result["labels"], result["settings"][setting][part]
     counts = np.array(numbers["together"]["confusion"])
     share = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    figure, axes = new_figure(1.15 * len(labels) + 1.6, len(labels) + 1.2)
+    figure, axes = new_figure(0.85 * len(labels) + 1.4, 0.75 * len(labels) + 0.9)
     image = heat_map(axes, share, labels, 100, rotation=20 if len(labels) > 4 else 0)
     axes.spines[:].set_visible(False)
     for i in range(len(labels)):
         for j in range(len(labels)):
-            axes.text(j, i, f"{counts[i, j]:,}\n{share[i, j]:.1f} %", ha="center", va="center", fontsize=8,
+            axes.text(j, i, f"{counts[i, j]:,}\n{share[i, j]:.1f} %", ha="center", va="center", fontsize=7,
                       color="black" if share[i, j] > 55 else "white")
     axes.set(xlabel="predicted class", ylabel="gold class")
     off = counts - np.diag(np.diag(counts))
@@ -124,8 +124,8 @@ def classes_confused(result: dict, setting: str, part: str):
     mean = f", mean probabilities of {seeds} seeds" if seeds > 1 else ""
     linear = " with n-grams" * ("ngrams" in result)
     axes.set_title(f"{setting}{linear}, {part} rows: {numbers['together']['accuracy']:.2%} right{mean};\n"
-                   f"{worst} (n = {counts.sum():,})", fontsize=9)
-    figure.colorbar(image, ax=axes, shrink=0.8, label="percent of the gold class")
+                   f"{worst} (n = {counts.sum():,})", fontsize=7.5)
+    figure.colorbar(image, ax=axes, shrink=0.8, label="percent of the gold class").ax.tick_params(labelsize=7)
     return figure
 
 

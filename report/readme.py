@@ -73,7 +73,8 @@ def bench(r: dict) -> str:
     lines.append(f"Made by `{r['command']}` on {on(r['machine'])}.")
     lines += [f"On {on(other['machine'])}: {other['tokens_per_second']:,.0f} targets a second, "
               f"{other['share_of_peak']:.0%} of that machine's {other['peak']['precision']} peak "
-              f"({other['peak']['gflops']:,.0f} GFLOP/s), products {other['share_of_products']:.0%} of a step."
+              f"({other['bf16_gflops']:,.0f} GFLOP/s, fp32 {other['fp32_gflops']:,.0f}), products "
+              f"{other['share_of_products']:.0%} of a step."
               for other in r["devices"].values()]
     return "\n".join(lines)
 
@@ -183,11 +184,12 @@ Accuracy in percent, {marks} {seeds} seed{'s' * (seeds > 1)}{together}.{linear}
 
 def baselines(r: dict) -> str:
     """Every system's accuracy, and its difference from Word2Vec and TF-IDF with exact McNemar tests."""
-    lines = ["| system | validation | test | test, fresh | together | against Word2Vec | against TF-IDF |",
-             "|---|--:|--:|--:|--:|--:|--:|"]
+    head = ["system", "validation", "test", "test, fresh", "together", *(f"against {name}" for name in (
+        "Word2Vec", "TF-IDF", "layer 0"))]
+    lines = [f"| {' | '.join(head)} |", "|---|" + "--:|" * (len(head) - 1)]
     for name, n in r["rows"].items():
         against = [f"{100 * a['difference']:+.2f} ({100 * a['interval'][0]:+.2f} to {100 * a['interval'][1]:+.2f}), "
-                   f"p = {a['p']:.1g}" if a else "" for a in (n["against"].get(key) for key in ("word2vec", "tfidf"))]
+                   f"p = {a['p']:.1g}" if a else "" for a in map(n["against"].get, ("word2vec", "tfidf", "layer0"))]
         lines.append("| " + " | ".join([
             NAMES.get(name, f"ELMo, {name}") + ", with n-grams" * n["ngrams"], share_of(n["validation"]),
             share_of(n["test"]), share_of(n["fresh"]) if n["fresh"] else "-", percent(n["together"]),
@@ -208,7 +210,8 @@ def findings(r: dict) -> str:
         for name, points in r["labels"]["systems"].items():
             means = [f"{percent_of(point):.1f}" for point in points]
             lines.append(f"| {NAMES.get(name, 'ELMo, trainable')} | {' | '.join(means)} |")
-        lines += ["", made_finding(r["labels"]), ""]
+        chosen = f"Accuracy in percent; {r['labels']['chosen_on']:,} labelled validation rows besides choose weights. "
+        lines += ["", chosen + made_finding(r["labels"]), ""]
     if "mixes" in r:
         lines += [f"| with {r['mixes']['rows']:,} labelled rows | validation | test |", "|---|--:|--:|"]
         lines += [f"| {name} | {share_of(n['validation'])} | {share_of(n['test'])} |"
@@ -283,7 +286,8 @@ def few_labels(r: dict) -> tuple[str, str, str] | None:
     n = r["labels"]
     ours, theirs = (percent_of(n["systems"][name][n["shares"].index(share)])
                     for name, share in (("elmo", 1.0), ("word2vec", 3.0)))
-    return "test accuracy with 1 % of the labels; Word2Vec with 3 %", f"{ours:.1f} %; {theirs:.1f} %", n["command"]
+    return (f"test accuracy with 1 % of the labels, and {n['chosen_on']:,} to choose weights by; Word2Vec with 3 %",
+            f"{ours:.1f} %; {theirs:.1f} %", n["command"])
 
 
 def senses(r: dict) -> tuple[str, str, str] | None:

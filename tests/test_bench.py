@@ -1,5 +1,6 @@
 """report/bench.py: it measures what it says, against loops that train what ELMO.py trains."""
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -104,17 +105,23 @@ def test_the_bench_writes_its_numbers_and_keeps_those_of_other_devices(builtin, 
     assert json.loads(out.read_text())["to_perplexity"] == result["to_perplexity"]
 
 
-def test_a_machine_whose_instructions_are_limited_is_another_device(monkeypatch):
-    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
-    full = machine(CPU)
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
-    limited = machine(CPU)
-    assert limited["device"] == f"{full['device']}, AVX512_CORE_BF16 at most" and limited["bf16_by"] != "AMX"
+@pytest.mark.parametrize("most, by", [
+    ("", "AMX"), ("ALL", "AMX"), ("AVX512_CORE_AMX", "AMX"), ("AVX10_1_512_AMX", "AMX"),
+    ("AVX512_CORE_BF16", "AVX-512"), ("AVX512_CORE_FP16", "AVX-512"), ("avx10_1_512", "AVX-512"),
+    ("AVX512_CORE", None), ("AVX2", None)])
+def test_a_machine_whose_instructions_are_limited_is_another_device(monkeypatch, most, by):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True, "avx512_bf16": True, "cpu_name": "A"})
-    assert machine(CPU)["bf16_by"] == "AVX-512"
-    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
-    assert machine(CPU)["bf16_by"] == "AMX"
-    assert "(A, bf16 by AMX)" in readme.on(machine(CPU))
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", most)
+    found = machine(CPU)
+    assert found["bf16_by"] == by and found["bf16_hardware"] == bool(by)
+    assert found["device"] == (f"A, {most} at most" if most else "A")
+    assert (f"bf16 by {by}" if by else "without bf16 hardware") in readme.on(found)
+
+
+def test_the_memory_of_a_process_is_its_own_and_not_that_of_the_one_that_started_it():
+    large = np.ones(100_000_000)                                    # 0.8 GB
+    command = "from data.machine import peak_memory_gb; print(peak_memory_gb())"
+    assert float(bench.output_of([sys.executable, "-c", command])) < 0.8 < bench.peak_memory_gb() and large[0] == 1
 
 
 def test_a_pass_is_told_by_the_operations_of_its_products_and_by_its_kernels():
