@@ -71,7 +71,7 @@ def bench(r: dict) -> str:
     if "to_perplexity" in r:
         lines += to_perplexity(r["to_perplexity"])
     lines.append(f"Made by `{r['command']}` on {on(r['machine'])}.")
-    lines += [f"On {on(other['machine'])}: {other['tokens_per_second']:,.0f} targets a second, "
+    lines += [f"\nOn {on(other['machine'])}: {other['tokens_per_second']:,.0f} targets a second, "
               f"{other['share_of_peak']:.0%} of that machine's {other['peak']['precision']} peak "
               f"({other['bf16_gflops']:,.0f} GFLOP/s, fp32 {other['fp32_gflops']:,.0f}), products "
               f"{other['share_of_products']:.0%} of a step."
