@@ -17,7 +17,7 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f"build.py: the package {missing.name} is not here; run `pip install -r requirements-dev.txt`")
 
-from data.files import InputError, one_line, write_atomically
+from data.files import InputError, one_line, write_atomically, written_json
 from data.knobs import script
 from data.prepare import ag_news_folder
 
@@ -34,6 +34,9 @@ def pdf() -> bytes:
         path = HERE.parent / "models" / f"{name}.json"
         if not path.exists():
             raise InputError(f"{path} is missing; `{command}` makes it")
+    with written_json(HERE.parent / "models" / "findings.json") as found:
+        if "labels" not in found:
+            raise InputError("models/findings.json has no finding `labels`; `make findings` adds it")
     try:
         return typst.compile(HERE / "report.typ", root=HERE.parent, ignore_system_fonts=True)
     except typst.TypstError as error:

@@ -189,7 +189,8 @@ def sense_bars(r: dict):
     values, spread = 100 * np.array(r["votes"]), 100 * np.array(r["interval"])
     bars = axes.bar(LAYER_NAMES, values, color=[GREY, BLUE, BLUE], width=0.6, yerr=np.abs(spread.T - values),
                     capsize=4, ecolor="black", label=f"vote of the {r['voters']} nearest uses")
-    axes.bar_label(bars, fmt="%.1f", label_type="center", color="white", fontsize=9)
+    for bar, value in zip(bars, values, strict=True):
+        axes.text(bar.get_x() + bar.get_width() / 2, 8, f"{value:.1f}", ha="center", color="white", fontsize=9)
     axes.plot(LAYER_NAMES, 100 * np.array(r["layers"]), "D", color="white", markeredgecolor="black",
               label="the nearest use alone")
     axes.axhline(100 * r["majority"], color=ORANGE, linestyle="--", label="the word's most frequent class in training")
