@@ -40,7 +40,7 @@ train: setup    ## the published runs: AG News to models/*.pt and the baselines
 	$(PY) classification.py --fields title+description --finetune --ngrams --seeds 2 --ensemble --resume
 	$(PY) report/baselines.py --seeds 3
 
-tasks: setup    ## SST and NLI on the published biLM; $$SST_DIR and $$NLI_DIR name their folders
+tasks: setup    ## SST and NLI on the published biLM; $SST_DIR and $NLI_DIR name their folders
 	$(PY) classification.py --task sst5 --adapt 2
 	$(PY) classification.py --task sst2 --adapt 2
 	$(PY) classification.py --task nli --adapt 1 --epochs 3

@@ -154,15 +154,15 @@ class ScalarMix(nn.Module):
 
 class LayerFunction(nn.Module):
     """f(h_0, h_1, h_2) = relu(W [h_0; h_1; h_2] + b), learned: each unit of the mix weighs the layers its own way."""
+
     def __init__(self, J: int, D: int, width: int):
         super().__init__()
         self.map = Linears(J * D, width)
 
     def forward(self, h: Tensor) -> Tensor:             # (J, 2, T, B, D) -> (S, 2, T, B, I)
-        flat = h.permute(1, 2, 3, 0, 4).flatten(3).flatten(0, 2)                        # (2 T B, J D)
-        weight, bias = self.map.weight.to(h.dtype), self.map.bias.to(h.dtype)           # one product for all seeds
-        out = F.linear(flat, weight.flatten(0, 1), bias.flatten()).relu()               # (2 T B, S I)
-        return out.unflatten(1, weight.shape[:2]).transpose(0, 1).unflatten(1, h.shape[1:4])
+        flat = h.permute(1, 2, 3, 0, 4).flatten(3).flatten(0, 2)          # (2 T B, J D), one for all seeds
+        out = F.linear(flat, self.map.weight.to(h.dtype).flatten(0, 1), self.map.bias.to(h.dtype).flatten()).relu()
+        return out.unflatten(1, self.map.weight.shape[:2]).transpose(0, 1).unflatten(1, h.shape[1:4])
 
 
 # ------------------------------------------------------------------------------------------------- classifier

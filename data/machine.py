@@ -107,7 +107,7 @@ def end_with_parent() -> None:
 
 
 def machine(device: torch.device) -> dict:
-    """What the numbers were measured on, in public terms; a CPU that oneDNN is kept from using is named with that."""
+    """What the numbers were measured on, in public terms; a CPU is named with the limit that oneDNN keeps to."""
     about = {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "system": platform.system(),
              "bf16_hardware": fast_bf16(device)}
     if device.type == "cuda":

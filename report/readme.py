@@ -274,7 +274,7 @@ def gap(r: dict) -> tuple[str, str, str] | None:
         return None
     name = best_of({name: n["validation"]["mean"] for name, n in r["rows"].items()})
     n = r["rows"][name]
-    found, mean = n["against"]["word2vec"], n["test"]["mean"] + -1 * r["rows"]["word2vec"]["test"]["mean"]
+    found, mean = n["against"]["word2vec"], n["test"]["mean"] - r["rows"]["word2vec"]["test"]["mean"]
     return (f"difference from Word2Vec under the same head, mean of {n['seeds']} seeds; their mean probabilities "
             f"(setting `{name}`)", f"{100 * mean:+.2f} points; {100 * found['difference']:+.2f}, p = {found['p']:.1g}",
             r["command"])

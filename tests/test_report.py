@@ -29,6 +29,14 @@ def published(name: str) -> Path:
     return path
 
 
+def copy_of_the_source(monkeypatch, folder: Path) -> None:
+    """Lets build.py compile a copy of the report in `folder`."""
+    (folder / "report").mkdir()
+    for name in ("report.typ", "references.bib"):
+        shutil.copy(REPORT / name, folder / "report")
+    monkeypatch.setattr(build, "HERE", folder / "report")
+
+
 def unpacked(pdf: bytes) -> list[bytes]:
     """A PDF and each of its packed streams that can be unpacked."""
     parts = [pdf]
@@ -73,10 +81,7 @@ def test_the_report_is_what_its_source_makes_of_the_committed_json():
 
 
 def test_the_report_without_a_json_says_which_one_is_missing(monkeypatch, tmp_path, capsys, ag_news):
-    (tmp_path / "report").mkdir()
-    for name in ("report.typ", "references.bib"):
-        (tmp_path / "report" / name).write_bytes((REPORT / name).read_bytes())
-    monkeypatch.setattr(build, "HERE", tmp_path / "report")
+    copy_of_the_source(monkeypatch, tmp_path)
     assert build.main([]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "pretraining.json is missing" in error and "python ELMO.py" in error
@@ -86,10 +91,7 @@ def test_the_report_without_a_json_says_which_one_is_missing(monkeypatch, tmp_pa
 def test_the_report_refuses_numbers_of_another_bilm(monkeypatch, tmp_path):
     published("report/report.pdf")
     shutil.copytree(ROOT / "models", tmp_path / "models", ignore=shutil.ignore_patterns("*.pt"))
-    (tmp_path / "report").mkdir()
-    for name in ("report.typ", "references.bib"):
-        (tmp_path / "report" / name).write_bytes((REPORT / name).read_bytes())
-    monkeypatch.setattr(build, "HERE", tmp_path / "report")
+    copy_of_the_source(monkeypatch, tmp_path)
     assert build.pdf()
     content = json.loads((tmp_path / "models" / "sst5.json").read_text())
     (tmp_path / "models" / "sst5.json").write_text(json.dumps(content | {"bilm": "0" * 64}))

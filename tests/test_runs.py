@@ -403,6 +403,9 @@ class Traced(float):
     def __add__(self, other):
         return Traced(self.plain + float(other))
 
+    def __sub__(self, other):
+        return Traced(self.plain - float(other))
+
     def __mul__(self, other):
         return Traced(self.plain * float(other))
 
