@@ -26,6 +26,7 @@ MADE_BY = {"pretraining": "python ELMO.py", "classification": "python classifica
            "bench": "make bench", "faults": "make faults", "findings": "make findings", "baselines": "make train",
            "finetuned": "make train", "titled": "make train", "sst5": "make tasks", "sst2": "make tasks",
            "nli": "make tasks"}
+FINDINGS = {"heatmap", "labels", "leaks", "map", "mixes", "neighbours", "senses", "settings", "weights"}
 
 
 def pdf() -> bytes:
@@ -35,8 +36,8 @@ def pdf() -> bytes:
         if not path.exists():
             raise InputError(f"{path} is missing; `{command}` makes it")
     with written_json(HERE.parent / "models" / "findings.json") as found:
-        if "labels" not in found:
-            raise InputError("models/findings.json has no finding `labels`; `make findings` adds it")
+        if missing := sorted(FINDINGS - set(found)):
+            raise InputError(f"models/findings.json has no finding `{missing[0]}`; `make findings` adds it")
     try:
         return typst.compile(HERE / "report.typ", root=HERE.parent, ignore_system_fonts=True)
     except typst.TypstError as error:

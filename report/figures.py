@@ -42,10 +42,10 @@ def new_figure(width: float, height: float):
     return figure, axes
 
 
-def heat_map(axes, values: np.ndarray, names: list[str], most: float, rotation: float = 0):
-    """The picture of a square matrix from 0 to `most`, the same names along both sides."""
-    axes.set_xticks(range(len(names)), names, rotation=rotation, fontsize=8)
-    axes.set_yticks(range(len(names)), names, fontsize=8)
+def heat_map(axes, values: np.ndarray, names: list[str], most: float, rotation: float = 0, size: float = 8):
+    """The picture of a square matrix from 0 to `most`, the same names along both sides in letters of `size`."""
+    axes.set_xticks(range(len(names)), names, rotation=rotation, fontsize=size)
+    axes.set_yticks(range(len(names)), names, fontsize=size)
     return axes.imshow(values, cmap="cividis", vmin=0, vmax=most)
 
 
@@ -82,9 +82,9 @@ def words_confused(result: dict):
     words, counts = result["confusion"]["words"], np.array(result["confusion"]["counts"], dtype=float)
     share = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     figure, axes = new_figure(8.4, 7.6)
-    image = heat_map(axes, share, words, 100, rotation=90)
+    image = heat_map(axes, share, words, 100, rotation=90, size=9)
     for i, j in zip(*np.nonzero(share >= 5), strict=True):
-        axes.text(j, i, f"{share[i, j]:.0f}", ha="center", va="center", fontsize=6,
+        axes.text(j, i, f"{share[i, j]:.0f}", ha="center", va="center", fontsize=8,
                   color="black" if share[i, j] > 55 else "white")
     axes.set(xlabel="predicted word", ylabel="gold word")
     hit = np.trace(counts[:-1, :-1]) / max(counts[:-1].sum(), 1)
@@ -130,22 +130,31 @@ def classes_confused(result: dict, setting: str, part: str):
 
 
 def learning(result: dict):
-    """Accuracy on the validation rows of every setting, mean over seeds, with the range of the seeds."""
-    figure, axes = new_figure(6.4, 4)
-    best = []
-    for setting, colour, marker in zip(result["settings"], (BLUE, ORANGE, GREEN), "os^", strict=False):
-        epochs = [entry["epoch"] for entry in result["history"][0]]
-        values = 100 * np.array([[a for run in result["history"] for a in run[i]["validation"][setting]["accuracy"]]
-                                 for i in range(len(epochs))])                  # (evaluations, seeds)
-        axes.plot(epochs, values.mean(axis=1), marker + "-", color=colour, label=setting)
-        axes.fill_between(epochs, values.min(axis=1), values.max(axis=1), color=colour, alpha=0.15, linewidth=0)
-        best.append((values.mean(axis=1)[-1], setting))
-    axes.set(xlabel="epoch (passes over the training rows)", ylabel="accuracy on the validation rows (%)")
+    """Accuracy and cross-entropy on the validation rows of every setting, mean over seeds, with the seeds' range.
+
+    The training line is the mean of all heads since the evaluation before, with dropout and label smoothing.
+    """
+    figure, history, best = Figure(figsize=(9, 3.8), layout="constrained"), result["history"], []
+    epochs, panels = [entry["epoch"] for entry in history[0]], figure.subplots(1, 2)
+    for axes, key, unit in zip(panels, ("accuracy", "loss"), (100, 1), strict=True):
+        for setting, colour, marker in zip(result["settings"], (BLUE, ORANGE, GREEN), "os^", strict=False):
+            values = unit * np.array([[x for run in history for x in run[i]["validation"][setting][key]]
+                                      for i in range(len(epochs))])             # (evaluations, seeds)
+            axes.plot(epochs, values.mean(axis=1), marker + "-", color=colour, label=f"{setting}, validation rows")
+            axes.fill_between(epochs, values.min(axis=1), values.max(axis=1), color=colour, alpha=0.15, linewidth=0)
+            if key == "accuracy":
+                best.append((values.mean(axis=1)[-1], setting))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlabel("epoch (passes over the training rows)")
+    panels[0].set_ylabel("accuracy (%)")
+    panels[1].set_ylabel("cross-entropy (nats a row)")
+    panels[1].plot(epochs, [np.mean([run[i]["train_loss"] for run in history]) for i in range(len(epochs))], "D:",
+                   color=GREY, label="training rows, with dropout and smoothing")
     last = result["settings"][max(best)[1]]["validation"]["together"]["rows"]
     plain = ", without n-grams" if "ngrams" in result else ""
-    axes.set_title(f"Validation accuracy ends at {max(best)[0]:.1f} % with {max(best)[1]}{plain} (n = {last:,} rows, "
-                   f"{values.shape[1]} seed{'s' if values.shape[1] > 1 else ''})", fontsize=10)
-    axes.legend(fontsize=8, frameon=False)
+    figure.suptitle(f"Validation accuracy ends at {max(best)[0]:.1f} % with {max(best)[1]}{plain} (n = {last:,} rows, "
+                    f"{values.shape[1]} seed{'s' if values.shape[1] > 1 else ''})", fontsize=10)
+    panels[1].legend(fontsize=8, frameon=False)
     return figure
 
 
@@ -162,7 +171,7 @@ LAYER_NAMES = ("layer 0", "layer 1", "layer 2")
 
 
 def few_labels(r: dict):
-    """Test accuracy by share of the labels, mean over seeds with their range."""
+    """Test accuracy by share of the labels, mean over seeds with their range; spaced by the log of the error."""
     figure, axes = new_figure(6.4, 4)
     means = {name: [100 * np.mean(point["test"]) for point in points] for name, points in r["systems"].items()}
     for name, points in r["systems"].items():
@@ -170,7 +179,11 @@ def few_labels(r: dict):
         low, high = ([100 * f(point["test"]) for point in points] for f in (min, max))
         axes.plot(r["shares"], means[name], marker + "-", color=colour, label=title)
         axes.fill_between(r["shares"], low, high, color=colour, alpha=0.15, linewidth=0)
-    axes.set(xscale="log", xlabel="labelled training rows (% of them, log scale)", ylabel="accuracy on test rows (%)")
+    axes.set_yscale("function", functions=(lambda y: -np.log10(np.maximum(100 - y, 0.1)), lambda y: 100 - 10 ** -y))
+    axes.set_yticks([tick for tick in (0, 20, 40, 60, 70, 80, 85, 88, 90, 92, 94, 96, 98, 99, 99.5)
+                     if axes.get_ylim()[0] <= tick <= axes.get_ylim()[1]])
+    axes.set(xscale="log", xlabel="labelled training rows (% of them, log scale)",
+             ylabel="test accuracy (%, log scale of the error)")
     axes.set_xticks(r["shares"], [f"{share:g}\n({n:,})" for share, n in zip(r["shares"], r["rows"], strict=True)],
                     fontsize=8)
     axes.minorticks_off()
@@ -227,12 +240,12 @@ def similarity(r: dict):
     figure = Figure(figsize=(10.2, 4), layout="constrained")
     panels, layers = figure.subplots(1, 3, sharey=True), np.array(r["layers"])
     for j, axes in enumerate(panels):
-        image = heat_map(axes, layers[j], r["tokens"], 1, rotation=90)
-        axes.set_xlabel(LAYER_NAMES[j], fontsize=9)
+        image = heat_map(axes, layers[j], r["tokens"], 1, rotation=90, size=11)
+        axes.set_xlabel(LAYER_NAMES[j], fontsize=12)
     word = max((t for t in r["tokens"] if r["tokens"].count(t) == 2 and t != "the"), key=len)
     a, b = (i for i, token in enumerate(r["tokens"]) if token == word)
     figure.suptitle(f"The two uses of “{word}” are the same vector in layer 0, and alike by {layers[1, a, b]:.2f} and "
-                    f"{layers[2, a, b]:.2f} above it", fontsize=10)
+                    f"{layers[2, a, b]:.2f} above it", fontsize=13)
     figure.colorbar(image, ax=panels, shrink=0.7, label="cosine similarity")
     return figure
 

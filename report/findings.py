@@ -22,7 +22,9 @@ Schema of findings.json: bilm (digest), and one entry by finding, each with its 
     weights (figure 2): tasks.{name}: s of every seed, gamma
     heatmap: text, tokens, layers: [cosine similarity of each two words]
     map: rows, x, y, labels, names: t-SNE of the documents' mean vectors; same: share of rows whose nearest mean vector
-        by cosine is of their class
+        by cosine is of their class, near copies included; same_static: the same of the means of layer 0 alone
+    settings (of the classifier, the assignment's question): rows, pairs [{one, other, difference of the accuracies of
+        their seeds' mean probabilities on test rows, interval, p: of the exact McNemar test}]
     leaks: rows, changed (rows all of whose states of the new word are other ones), moved_forward_before and
         moved_backward_after (states, by layer and word, that must not move and did); example: tokens, changed_word,
         new, forward and backward [|change| of layers 1 and 2 at each word]
@@ -33,7 +35,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
-from itertools import islice
+from itertools import combinations, islice
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +54,7 @@ from data.prepare import CACHE, STATIC_VECTORS, Part, Task, read_task
 from data.text import Texts
 from ELMO import ELMo
 from report import figures
-from report.baselines import TRIED, tfidf
+from report.baselines import TRIED, mcnemar, tfidf
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "build" / "findings" / "labels.json"      # its finished runs
@@ -418,6 +420,17 @@ def weights(bed: Bed) -> dict:
     return {"tasks": {title: {"s": run["s"], "gamma": run["gamma"]} for title, run in runs.items()}}
 
 
+def settings(bed: Bed) -> dict:
+    """Each two of the classifier's settings, and the fine-tuned one, by what they predict of the test rows."""
+    right = {name: np.array([*numbers["predictions"]], dtype=int) == bed.task.test.labels
+             for name, numbers in bed.published("classification")["settings"].items()}
+    if (bed.folder / "finetuned.json").exists():
+        tuned = bed.published("finetuned")["settings"]["trainable"]["predictions"]
+        right["finetuned"] = np.array([*tuned], dtype=int) == bed.task.test.labels
+    return {"rows": len(bed.task.test), "pairs": [{"one": one, "other": other} | mcnemar(right[one], right[other])
+                                                  for one, other in combinations(right, 2)]}
+
+
 SENTENCE = "The bank raised interest rates after the team left the bank of the river."
 
 
@@ -432,12 +445,14 @@ def documents(bed: Bed, rows: int = 2_000) -> dict:
     from sklearn.manifold import TSNE
     chosen = np.sort(np.random.default_rng(0).permutation(len(bed.task.test))[:rows])
     texts = [bed.task.test.texts[i][0] for i in chosen]
-    means = torch.stack([h.mean(dim=(0, 1)) for h in bed.elmo.embed_stream(texts, "bf16")])     # (rows, D)
-    unit = F.normalize(means, dim=1)
-    gold, near = bed.task.test.labels[chosen], (unit @ unit.T).fill_diagonal_(-1).argmax(dim=1).numpy()
+    layers = torch.stack([h.mean(dim=1) for h in bed.elmo.embed_stream(texts, "bf16")], dim=1)  # (3, rows, D)
+    means, gold = layers.mean(dim=0), bed.task.test.labels[chosen]
+    def same(vectors: Tensor) -> float:
+        unit = F.normalize(vectors, dim=1)
+        return float((gold[(unit @ unit.T).fill_diagonal_(-1).argmax(dim=1).numpy()] == gold).mean())
     xy = TSNE(metric="cosine", init="pca", random_state=0).fit_transform((means - means.mean(dim=0)).numpy())
     return {"rows": len(texts), "x": xy[:, 0].round(2).tolist(), "y": xy[:, 1].round(2).tolist(),
-            "labels": gold.tolist(), "names": bed.task.labels, "same": float((gold[near] == gold).mean())}
+            "labels": gold.tolist(), "names": bed.task.labels, "same": same(means), "same_static": same(layers[0])}
 
 
 def leaks(bed: Bed, rows: int = 500) -> dict:
@@ -465,8 +480,8 @@ def leaks(bed: Bed, rows: int = 500) -> dict:
 
 
 FINDINGS: dict[str, Callable[[Bed], dict]] = {
-    "leaks": leaks, "heatmap": heatmap, "map": documents, "weights": weights, "senses": senses,
-    "neighbours": neighbours, "mixes": mixes, "labels": labels}
+    "leaks": leaks, "heatmap": heatmap, "map": documents, "weights": weights, "settings": settings,
+    "senses": senses, "neighbours": neighbours, "mixes": mixes, "labels": labels}
 
 
 @script("findings.py")

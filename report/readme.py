@@ -62,7 +62,7 @@ def bench(r: dict) -> str:
         rows += [(f"seconds to tokenize and train on {sizes} built-in rows",
                   ", ".join(f"{part['seconds']:.1f}" for part in r["scaling"])),
                  ("memory of these, GB", ", ".join(f"{part['peak_memory_gb']:.2f}" for part in r["scaling"])),
-                 ("largest difference from linear time", f"{r['off_linear']:.0%}"),
+                 ("largest difference of the seconds a row from their mean over these", f"{r['off_linear']:.0%}"),
                  ("targets a second of one process of one thread, of two that share every batch",
                   f"{r['processes']['one']:,.0f}, {r['processes']['two']:,.0f}")]
     lines = ["| what | measured |", "|---|--:|", *(f"| {what} | {value} |" for what, value in rows), ""]
@@ -210,7 +210,9 @@ def findings(r: dict) -> str:
         for name, points in r["labels"]["systems"].items():
             means = [f"{percent_of(point):.1f}" for point in points]
             lines.append(f"| {NAMES.get(name, 'ELMo, trainable')} | {' | '.join(means)} |")
-        chosen = f"Accuracy in percent; {r['labels']['chosen_on']:,} labelled validation rows besides choose weights. "
+        seeds = ", ".join(str(len(point["test"])) for point in r["labels"]["systems"]["elmo"])
+        chosen = (f"Accuracy in percent, mean of {seeds} seeds (TF-IDF's last of one); below all labels "
+                  f"{r['labels']['chosen_on']:,} labelled validation rows besides choose weights.\n")
         lines += ["", chosen + made_finding(r["labels"]), ""]
     if "mixes" in r:
         lines += [f"| with {r['mixes']['rows']:,} labelled rows | validation | test |", "|---|--:|--:|"]
@@ -221,7 +223,7 @@ def findings(r: dict) -> str:
         n = r["senses"]
         layers = [f"| layer {j} | {100 * near:.1f} | {100 * vote:.1f} |"
                   for j, (near, vote) in enumerate(zip(n["layers"], n["votes"], strict=True))]
-        lines += [f"| class of {n['uses']:,} test uses of {len(n['words'])} nouns, told by | nearest use | vote of the "
+        lines += [f"| class of {n['uses']:,} test uses of {len(n['words'])} words, told by | nearest use | vote of the "
                   f"{n['voters']} nearest |", "|---|--:|--:|",
                   f"| the word's most frequent class | {100 * n['majority']:.1f} | |", *layers, "", made_finding(n), ""]
     if "leaks" in r:
@@ -238,7 +240,8 @@ def percent_of(point: dict) -> float:
 
 def made_finding(n: dict) -> str:
     """How one of them came about."""
-    return f"Made by `{n['command']}` in {n['minutes']:.0f} minutes."
+    took = f"{n['minutes']:.0f} minutes" if n["minutes"] >= 1 else f"{60 * n['minutes']:.0f} seconds"
+    return f"Made by `{n['command']}` in {took}."
 
 
 NAMES = {"tfidf": "linear TF-IDF", "word2vec": "Word2Vec", "svd": "SVD", "layer0": "layer 0 alone",
@@ -270,14 +273,15 @@ def accuracy_of(what: str) -> Callable[[dict], tuple[str, str, str]]:
 
 
 def gap(r: dict) -> tuple[str, str, str] | None:
-    if "trainable" not in r["rows"]:
+    ours = {name: n for name, n in r["rows"].items() if name in ("trainable", "frozen", "function")}
+    if not ours:
         return None
-    name = best_of({name: n["validation"]["mean"] for name, n in r["rows"].items()})
-    n = r["rows"][name]
-    found, mean = n["against"]["word2vec"], n["test"]["mean"] - r["rows"]["word2vec"]["test"]["mean"]
-    return (f"difference from Word2Vec under the same head, mean of {n['seeds']} seeds; their mean probabilities "
-            f"(setting `{name}`)", f"{100 * mean:+.2f} points; {100 * found['difference']:+.2f}, p = {found['p']:.1g}",
-            r["command"])
+    base = r["rows"]["word2vec"]
+    means = ", ".join(f"{100 * (n['test']['mean'] - base['test']['mean']):+.2f}" for n in ours.values())
+    tests = (n["against"]["word2vec"] for n in ours.values())
+    together = ", ".join(f"{100 * found['difference']:+.2f} (p = {found['p']:.1g})" for found in tests)
+    return (f"points from Word2Vec under the same head, settings `{'`, `'.join(ours)}`: means of {base['seeds']} "
+            "seeds; the seeds' mean probabilities", f"{means}; {together}", r["command"])
 
 
 def few_labels(r: dict) -> tuple[str, str, str] | None:
@@ -294,7 +298,7 @@ def senses(r: dict) -> tuple[str, str, str] | None:
     if "senses" not in r:
         return None
     n = r["senses"]
-    return ("class of an ambiguous noun's use told by its nearest uses; by the noun alone",
+    return ("class of an ambiguous word's use told by its nearest uses; by the word alone",
             f"{100 * n['votes'][n['best']]:.1f} %; {100 * n['majority']:.1f} %", n["command"])
 
 
@@ -306,8 +310,8 @@ RESULTS: list[tuple[str, Callable[[dict], tuple[str, str, str] | None]]] = [
     ("nli", accuracy_of("a subset of MultiNLI's evaluation rows")), ("findings", few_labels), ("findings", senses),
     ("bench", lambda r: ("training speed, times the common loop, padded per batch",
                          f"{r['times_common_loop_batch_padded']:.1f}", r["command"])),
-    ("faults", lambda r: ("runs killed at random moments; resumed to the same weights bit for bit",
-                          f"{r['kills']['tried']}; {r['kills']['survived']}", r["command"]))]
+    ("faults", lambda r: ("runs killed at random moments, of them with a saved state; resumed to the same weights "
+                          "bit for bit", "{tried}, {with_state}; {survived}".format(**r["kills"]), r["command"]))]
 
 
 def results(folder: Path) -> str:
