@@ -154,7 +154,8 @@ def learning(result: dict):
     plain = ", without n-grams" if "ngrams" in result else ""
     figure.suptitle(f"Validation accuracy ends at {max(best)[0]:.1f} % with {max(best)[1]}{plain} (n = {last:,} rows, "
                     f"{values.shape[1]} seed{'s' if values.shape[1] > 1 else ''})", fontsize=10)
-    panels[1].legend(fontsize=8, frameon=False)
+    lines = panels[1].get_legend_handles_labels()
+    figure.legend(*lines, fontsize=8, frameon=False, loc="outside lower center", ncols=2)
     return figure
 
 

@@ -151,6 +151,27 @@ def test_findings_of_another_bilm_are_refused(elmo, tmp_path):
         bed.published("classification")
 
 
+def test_two_settings_are_compared_by_the_rows_that_one_of_them_has_right(elmo, tmp_path):
+    bed = bed_of(elmo, SENTENCES)                           # classes 0, 1, 0, 1
+    bed.folder = tmp_path
+    predicted = {"trainable": "0101", "frozen": "0000"}
+    (tmp_path / "classification.json").write_text(json.dumps({
+        "bilm": elmo.digest, "settings": {name: {"predictions": found} for name, found in predicted.items()}}))
+    pair, = findings.settings(bed)["pairs"]
+    assert (pair["one"], pair["other"], pair["difference"]) == ("trainable", "frozen", 0.5)
+    assert (pair["only_this"], pair["only_that"]) == (2, 0)
+    assert pair["p"] == pytest.approx(0.5)                  # two rows, both of one setting: 2 / 2^2
+
+
+@pytest.mark.parametrize("accuracies", [(0.4, 0.92), (0.85, 0.99), (0.99, 1.0)])
+def test_few_labels_are_drawn_with_marks_on_the_axis_wherever_they_lie(accuracies):
+    points = [{"test": [a]} for a in np.linspace(*accuracies, 7)]
+    axes, = figures.few_labels({"shares": list(findings.SHARES), "rows": [1] * 7, "measured": 7, "chosen_on": 5,
+                                "systems": dict.fromkeys(("elmo", "word2vec", "tfidf"), points)}).axes
+    low, high = axes.get_ylim()
+    assert len(axes.get_yticks()) >= 2 and all(low <= tick <= high for tick in axes.get_yticks())
+
+
 def test_a_tracked_run_has_the_numbers_of_its_json(corpus, tmp_path):
     if find_spec("tensorboard") is None:
         pytest.skip("tensorboard is not installed")

@@ -16,17 +16,9 @@ from report import build
 
 REPORT = ROOT / "report"
 TEXT = "-- text\n"                                      # the line of report.typ above which layout and helpers stand
-PHRASES = r"section 5\.3|95 % (bootstrap|interval)|\"95 %\"|\b1e6\b|data\(\d+|(fp|bf)\d\d"
+PHRASES = r"section 5\.3|95[ ~]% (bootstrap|interval)|\"95 %\"|\b1e6\b|data\(\d+|(fp|bf)\d\d"
 WORDS = "one|two|three|four|five|six|seven|eight|nine|ten"
-UNITS = r"(%|points?|seeds?|heads?|minutes|hours|rows|times|passes)"
-
-
-def published(name: str) -> Path:
-    """A file of models/ or report/; the test is skipped where it is not there."""
-    path = ROOT / name
-    if not path.exists():
-        pytest.skip(f"{name} is not there: `make train`, `make findings` and `make report` write it")
-    return path
+UNITS = r"(%|percent|points?|seeds?|heads?|minutes|hours|rows|times|passes|words|systems|labels)"
 
 
 def copy_of_the_source(monkeypatch, folder: Path) -> None:
@@ -57,13 +49,14 @@ def typed_numbers(source: str) -> list[str]:
     """
     text = re.sub(r"^ *//.*$", "", source[source.index(TEXT) + len(TEXT):], flags=re.MULTILINE)
     text = re.sub(rf"{PHRASES}|@\w+", "", text)
-    numbers = rf"\d*\.\d+|\d[\d,]*\d|\b\d ?%|\b(\d|{WORDS}) ?{UNITS}\b"
+    numbers = rf"\d*\.\d+|\d[\d,]*\d|\b\d ?%|\b(\d|{WORDS})[ -]?{UNITS}\b|\"\d+\""
     return [found[0] for found in re.finditer(numbers, text)]
 
 
 @pytest.mark.parametrize("typed", [
     " and 92.1 % of 7,600 rows", " gains $+0.95$ points", " with $p = 0.003$", " (92.1) %", "#fixed(92.08, 2) %",
-    "#pct(0.9208) %", " `92.08` %", " a .93 share", " over three seeds", " by 4 points", " 17 heads", " nine heads"])
+    "#pct(0.9208) %", " `92.08` %", " a .93 share", " over three seeds", " by 4 points", " 17 heads", " nine heads",
+    " two percent of", " 5 words", ' ("x", "2")'])
 def test_a_number_typed_into_the_report_would_be_found(typed):
     source = "#let x = 12.5\n// -- text\nOn #whole(n) rows, figure 2, $h_(k,0) = 1 / 2$, #pct(a.b, digits: 1) %, 8-word"
     assert typed_numbers(source) == []
@@ -75,7 +68,7 @@ def test_no_number_of_the_report_is_typed_by_hand():
 
 
 def test_the_report_is_what_its_source_makes_of_the_committed_json():
-    committed = published("report/report.pdf").read_bytes()
+    committed = (REPORT / "report.pdf").read_bytes()
     assert build.pdf() == committed
     assert 8 <= pages(committed) <= 14
 
@@ -89,13 +82,23 @@ def test_the_report_without_a_json_says_which_one_is_missing(monkeypatch, tmp_pa
 
 
 def test_the_report_refuses_numbers_of_another_bilm(monkeypatch, tmp_path):
-    published("report/report.pdf")
     shutil.copytree(ROOT / "models", tmp_path / "models", ignore=shutil.ignore_patterns("*.pt"))
     copy_of_the_source(monkeypatch, tmp_path)
     assert build.pdf()
     content = json.loads((tmp_path / "models" / "sst5.json").read_text())
     (tmp_path / "models" / "sst5.json").write_text(json.dumps(content | {"bilm": "0" * 64}))
     with pytest.raises(InputError, match=r"sst5\.json is of another biLM"):
+        build.pdf()
+
+
+@pytest.mark.parametrize("finding", sorted(build.FINDINGS))
+def test_the_report_without_a_finding_says_which_one_is_missing(monkeypatch, tmp_path, finding):
+    shutil.copytree(ROOT / "models", tmp_path / "models", ignore=shutil.ignore_patterns("*.pt", "*.png"))
+    copy_of_the_source(monkeypatch, tmp_path)
+    content = json.loads((tmp_path / "models" / "findings.json").read_text())
+    del content[finding]
+    (tmp_path / "models" / "findings.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=f"no finding `{finding}`"):
         build.pdf()
 
 
@@ -121,7 +124,7 @@ def shown(book: nbformat.NotebookNode) -> list[list]:
 
 
 def test_the_notebook_runs_on_the_published_files_and_shows_what_it_shows_now(ag_news):
-    committed = nbformat.read(published("report/explore.ipynb"), as_version=4)
+    committed = nbformat.read(REPORT / "explore.ipynb", as_version=4)
     found, now = shown(committed), shown(build.executed())
     assert sum(bool(outputs) for outputs in found) >= 8 and "image/png" in str(found)
     exact = [i for i, cell in enumerate(committed.cells) if "bf16" not in cell.source]      # whose ranks may round
@@ -133,6 +136,6 @@ def test_the_notebook_runs_on_the_published_files_and_shows_what_it_shows_now(ag
 
 
 def test_what_is_committed_names_no_folder_of_a_machine():
-    pdf = published("report/report.pdf").read_bytes()
-    for part in [published("report/explore.ipynb").read_bytes(), *unpacked(pdf)]:
+    pdf = (REPORT / "report.pdf").read_bytes()
+    for part in [(REPORT / "explore.ipynb").read_bytes(), *unpacked(pdf)]:
         assert not re.search(rb"/(home|root|work|tmp|Users)/", part)
