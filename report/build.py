@@ -50,7 +50,8 @@ def executed() -> nbformat.NotebookNode:
         book = nbformat.read(HERE / "explore.ipynb", as_version=4)
     except ValueError as error:
         raise InputError(f"explore.ipynb is no notebook: {one_line(error)}; restore it") from None
-    client = NotebookClient(book, timeout=300, record_timing=False, resources={"metadata": {"path": str(HERE)}})
+    client = NotebookClient(book, timeout=300, record_timing=False, resources={"metadata": {"path": str(HERE)}},
+                            extra_arguments=["--log-level=ERROR"])      # without its warnings of ports
     try:
         client.execute()
     except (CellControlSignal, DeadKernelError) as error:
