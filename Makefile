@@ -52,7 +52,7 @@ bench: setup    ## speed on this machine, to models/bench.json
 	$(PY) report/bench.py
 
 findings: setup ## the paper's findings on the published biLM, to models/findings.json; under 90 minutes
-	$(PY) report/findings.py --resume
+	$(PY) report/findings.py
 
 report: setup   ## figures, README tables, report.pdf and the notebook's outputs from the committed files
 	$(PY) report/figures.py

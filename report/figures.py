@@ -88,8 +88,9 @@ def words_confused(result: dict):
                   color="black" if share[i, j] > 55 else "white")
     axes.set(xlabel="predicted word", ylabel="gold word")
     hit = np.trace(counts[:-1, :-1]) / max(counts[:-1].sum(), 1)
-    axes.set_title(f"The forward model names {hit:.0%} of the {len(words) - 1} most frequent words right\n"
-                   f"(test rows, n = {int(counts.sum()):,} tokens; percent of each gold word, from 5 % on)",
+    axes.set_title(f"The forward model is right on {hit:.0%} of the {int(counts[:-1].sum()):,} occurrences of the "
+                   f"{len(words) - 1} most frequent tokens\n"
+                   f"(of n = {int(counts.sum()):,} test targets; percent of each gold word, from 5 % on)",
                    fontsize=10)
     figure.colorbar(image, ax=axes, shrink=0.7, label="percent of the gold word's occurrences")
     return figure
@@ -148,12 +149,13 @@ def learning(result: dict):
         axes.set_xlabel("epoch (passes over the training rows)")
     panels[0].set_ylabel("accuracy (%)")
     panels[1].set_ylabel("cross-entropy (nats a row)")
+    kind = "phrases" if result["task"].startswith("sst") and result["config"]["phrases"] else "rows"
     panels[1].plot(epochs, [np.mean([run[i]["train_loss"] for run in history]) for i in range(len(epochs))], "D:",
-                   color=GREY, label="training rows, with dropout and smoothing")
+                   color=GREY, label=f"training {kind}, mean of all heads, with dropout and smoothing")
     last = result["settings"][max(best)[1]]["validation"]["together"]["rows"]
     plain = ", without n-grams" if "ngrams" in result else ""
     figure.suptitle(f"Validation accuracy ends at {max(best)[0]:.1f} % with {max(best)[1]}{plain} (n = {last:,} rows, "
-                    f"{values.shape[1]} seed{'s' if values.shape[1] > 1 else ''})", fontsize=10)
+                    f"{values.shape[1]} seed{'s; band: their range' if values.shape[1] > 1 else ''})", fontsize=10)
     lines = panels[1].get_legend_handles_labels()
     figure.legend(*lines, fontsize=8, frameon=False, loc="outside lower center", ncols=2)
     return figure
@@ -181,8 +183,10 @@ def few_labels(r: dict):
         axes.plot(r["shares"], means[name], marker + "-", color=colour, label=title)
         axes.fill_between(r["shares"], low, high, color=colour, alpha=0.15, linewidth=0)
     axes.set_yscale("function", functions=(lambda y: -np.log10(np.maximum(100 - y, 0.1)), lambda y: 100 - 10 ** -y))
-    axes.set_yticks([tick for tick in (0, 20, 40, 60, 70, 80, 85, 88, 90, 92, 94, 96, 98, 99, 99.5)
-                     if axes.get_ylim()[0] <= tick <= axes.get_ylim()[1]])
+    low, high = axes.get_ylim()
+    ticks = [tick for tick in (0, 20, 40, 60, 70, 80, 85, 88, 90, 92, 94, 96, 98, 99, 99.5) if low <= tick <= high]
+    if len(ticks) >= 2:
+        axes.set_yticks(ticks)
     axes.set(xscale="log", xlabel="labelled training rows (% of them, log scale)",
              ylabel="test accuracy (%, log scale of the error)")
     axes.set_xticks(r["shares"], [f"{share:g}\n({n:,})" for share, n in zip(r["shares"], r["rows"], strict=True)],
@@ -201,13 +205,13 @@ def sense_bars(r: dict):
     """Share of uses whose class the nearest uses vote for, by layer, and that of the nearest use alone."""
     figure, axes = new_figure(5.6, 3.8)
     values, spread = 100 * np.array(r["votes"]), 100 * np.array(r["interval"])
-    bars = axes.bar(LAYER_NAMES, values, color=[GREY, BLUE, BLUE], width=0.6, yerr=np.abs(spread.T - values),
+    bars = axes.bar(LAYER_NAMES, values, color=BLUE, width=0.6, yerr=np.abs(spread.T - values),
                     capsize=4, ecolor="black", label=f"vote of the {r['voters']} nearest uses")
     for bar, value in zip(bars, values, strict=True):
-        axes.text(bar.get_x() + bar.get_width() / 2, 8, f"{value:.1f}", ha="center", color="white", fontsize=9)
+        axes.text(bar.get_x() + bar.get_width() / 2, 2, f"{value:.1f}", ha="center", color="white", fontsize=9)
     axes.plot(LAYER_NAMES, 100 * np.array(r["layers"]), "D", color="white", markeredgecolor="black",
               label="the nearest use alone")
-    axes.axhline(100 * r["majority"], color=ORANGE, linestyle="--", label="the word's most frequent class in training")
+    axes.axhline(100 * r["majority"], color=ORANGE, linestyle="--", label="the word's most frequent class among these")
     axes.set(ylabel="class of a use is told (%)", ylim=(0, 100))
     best = r["best"]
     axes.set_title(f"Layer {best}, best on validation rows, tells the class of {values[best]:.1f} % of uses\n"
@@ -227,12 +231,13 @@ def layer_weights(r: dict):
         for x, run in zip(at, r["tasks"].values(), strict=True):
             axes.plot([x] * len(run["s"]), [s[j] for s in run["s"]], ".", color="black", markersize=4)
     axes.axhline(1 / 3, color="black", linewidth=0.8, linestyle=":")
-    axes.set_xticks(range(len(tasks)), [task.replace(", ", ",\n") for task in tasks], fontsize=8)
+    names = [f"{task}, {len(run['s'])} seed{'s' * (len(run['s']) > 1)}" for task, run in r["tasks"].items()]
+    axes.set_xticks(range(len(tasks)), [name.replace(", ", ",\n") for name in names], fontsize=8)
     axes.set(ylabel="softmax-normalised layer weight s")
     top = [task for task, run in r["tasks"].items() if np.mean(run["s"], axis=0).argmax() == 2]
-    axes.set_title(f"The top layer weighs most in {len(top)} of {len(tasks)} runs\n"
+    axes.set_title(f"The top layer weighs most in {len(top)} of {len(tasks)} runs, mean over seeds\n"
                    "(dots: seeds; dotted: equal weights)", fontsize=10)
-    axes.legend(fontsize=8, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    axes.legend(fontsize=8, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.22))
     return figure
 
 

@@ -1,7 +1,7 @@
 """The paper's findings at the scale of AG News: one function each, models/findings.json, and their figures.
 
-    python report/findings.py                   all of them, under 90 minutes on two cores; --resume keeps finished ones
-                                                and, in build/findings, the finished runs of `labels`
+    python report/findings.py                   all of them anew, under 90 minutes on two cores; after a stop --resume
+                                                goes on: it keeps what is finished, of `labels` every run
     python report/findings.py --only senses     the named ones anew, the others as they are in the file
 
 Schema of findings.json: bilm (digest), and one entry by finding, each with its command, minutes, versions and machine:
@@ -12,7 +12,7 @@ Schema of findings.json: bilm (digest), and one entry by finding, each with its 
         each seed draws its own rows, the same for all systems
     mixes (tables 2 and 3): rows, seeds, variants.{name}: {validation, test: {mean, deviation}, s: of the first seed}
     senses (section 5.3; the sense of a use is taken as the class of its row): the rule, pool, voters, words.{word}:
-        {uses, majority: share that is of the word's most frequent class in training rows, layers: [share whose nearest
+        {uses, majority: share that is of the word's most frequent class in its pool, layers: [share whose nearest
         use in training rows is of their class; by layer 0, where all are as near, the expected share], votes: [the
         same of the class for which the `voters` nearest vote by their cosines; by layer 0 the majority]}; uses,
         majority, layers, votes and interval (of the votes; 95 %, bootstrap over words) over all words; validation
@@ -23,8 +23,9 @@ Schema of findings.json: bilm (digest), and one entry by finding, each with its 
     heatmap: text, tokens, layers: [cosine similarity of each two words]
     map: rows, x, y, labels, names: t-SNE of the documents' mean vectors; same: share of rows whose nearest mean vector
         by cosine is of their class, near copies included; same_static: the same of the means of layer 0 alone
-    settings (of the classifier, the assignment's question): rows, pairs [{one, other, difference of the accuracies of
-        their seeds' mean probabilities on test rows, interval, p: of the exact McNemar test}]
+    settings (the assignment's question): rows, pairs [{one, other: settings of classification.json, and finetuned;
+        difference of the accuracies of their seeds' mean probabilities on test rows, interval (95 %, bootstrap),
+        only_this, only_that: rows that one alone has right, p of the exact McNemar test}]
     leaks: rows, changed (rows all of whose states of the new word are other ones), moved_forward_before and
         moved_backward_after (states, by layer and word, that must not move and did); example: tokens, changed_word,
         new, forward and backward [|change| of layers 1 and 2 at each word]
@@ -500,6 +501,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if file.exists():
         with written_json(file) as old:
             result = old if old["bilm"] == bed.elmo.digest else {}
+    if result and not options.resume:       # what is made anew leaves the file first, so that --resume can go on
+        result = {name: found for name, found in result.items() if name not in wanted}
+        write_json(file, result)
     if "labels" in wanted and not options.resume:
         KEPT.unlink(missing_ok=True)
     for name in wanted:

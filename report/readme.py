@@ -223,8 +223,8 @@ def findings(r: dict) -> str:
         n = r["senses"]
         layers = [f"| layer {j} | {100 * near:.1f} | {100 * vote:.1f} |"
                   for j, (near, vote) in enumerate(zip(n["layers"], n["votes"], strict=True))]
-        lines += [f"| class of {n['uses']:,} test uses of {len(n['words'])} words, told by | nearest use | vote of the "
-                  f"{n['voters']} nearest |", "|---|--:|--:|",
+        lines += [f"| class of {n['uses']:,} test uses of {len(n['words'])} words, told by | nearest of up to "
+                  f"{n['pool']} training uses | vote of the {n['voters']} nearest |", "|---|--:|--:|",
                   f"| the word's most frequent class | {100 * n['majority']:.1f} | |", *layers, "", made_finding(n), ""]
     if "leaks" in r:
         n = r["leaks"]

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from importlib.util import find_spec
+from itertools import combinations, islice
 from types import SimpleNamespace
 
 import numpy as np
@@ -125,7 +126,7 @@ def test_every_finding_is_drawn_and_told_in_the_readme_also_where_some_are_missi
             name: [point] * 7 for name in ("elmo", "word2vec", "tfidf")}},
         "mixes": {"rows": 5, "seeds": 2, "variants": {"layer 0": {"validation": share, "test": share, "s": None}}},
         "senses": {"words": {"bank": {}}, "uses": 9, "majority": 0.4, "layers": [0.3, 0.7, 0.6], "best": 1,
-                   "votes": [0.4, 0.72, 0.65], "voters": 10,
+                   "votes": [0.4, 0.72, 0.65], "voters": 10, "pool": 800,
                    "interval": [[0.2, 0.4], [0.6, 0.8], [0.5, 0.7]]},
         "weights": {"tasks": {"AG News": {"s": [[0.2, 0.3, 0.5]], "gamma": [1.0]}}},
         "heatmap": {"tokens": ["the", "bank", "a", "bank"], "layers": cosines},
@@ -158,18 +159,33 @@ def test_two_settings_are_compared_by_the_rows_that_one_of_them_has_right(elmo, 
     (tmp_path / "classification.json").write_text(json.dumps({
         "bilm": elmo.digest, "settings": {name: {"predictions": found} for name, found in predicted.items()}}))
     pair, = findings.settings(bed)["pairs"]
+    (tmp_path / "finetuned.json").write_text(json.dumps({
+        "bilm": elmo.digest, "settings": {"trainable": {"predictions": "1101"}}}))
+    assert [(n["one"], n["other"], n["difference"]) for n in findings.settings(bed)["pairs"]] == [
+        ("trainable", "frozen", 0.5), ("trainable", "finetuned", 0.25), ("frozen", "finetuned", -0.25)]
     assert (pair["one"], pair["other"], pair["difference"]) == ("trainable", "frozen", 0.5)
     assert (pair["only_this"], pair["only_that"]) == (2, 0)
     assert pair["p"] == pytest.approx(0.5)                  # two rows, both of one setting: 2 / 2^2
 
 
-@pytest.mark.parametrize("accuracies", [(0.4, 0.92), (0.85, 0.99), (0.99, 1.0)])
+def test_a_documents_nearest_neighbour_is_another_document(elmo):
+    texts = [" ".join(words) for words in islice(combinations(elmo.words.words[4:], 3), 20)]
+    part = Part([(text,) for text in texts * 2], np.repeat([0, 1], 20))     # the twin of each is of the other class
+    bed = findings.Bed(None, elmo, Task("ag_news", ["a", "b"], part, part, part, texts), part, {})
+    found = findings.documents(bed)
+    assert (found["rows"], found["same"], found["same_static"]) == (40, 0, 0)
+    assert len(found["x"]) == len(found["y"]) == len(found["labels"]) == 40
+
+
+@pytest.mark.parametrize("accuracies", [(0.4, 0.92), (0.85, 0.99), (0.99, 1.0), (0.945, 0.955), (0.61, 0.69)])
 def test_few_labels_are_drawn_with_marks_on_the_axis_wherever_they_lie(accuracies):
     points = [{"test": [a]} for a in np.linspace(*accuracies, 7)]
     axes, = figures.few_labels({"shares": list(findings.SHARES), "rows": [1] * 7, "measured": 7, "chosen_on": 5,
                                 "systems": dict.fromkeys(("elmo", "word2vec", "tfidf"), points)}).axes
     low, high = axes.get_ylim()
-    assert len(axes.get_yticks()) >= 2 and all(low <= tick <= high for tick in axes.get_yticks())
+    first, last = (100 * a for a in accuracies)
+    assert first - (last - first) < low < high < last + (last - first)      # no mark has stretched the axis
+    assert sum(low <= tick <= high for tick in axes.get_yticks()) >= 2
 
 
 def test_a_tracked_run_has_the_numbers_of_its_json(corpus, tmp_path):
@@ -287,3 +303,24 @@ def test_other_findings_leave_the_kept_runs_alone(elmo, tmp_path, monkeypatch):
     assert findings.main(["--only", "labels", "--resume", "--out", str(tmp_path)]) == 0 and findings.KEPT.exists()
     assert json.loads((tmp_path / "findings.json").read_text())["labels"]["minutes"] >= 7
     assert findings.main(["--only", "labels", "--out", str(tmp_path)]) == 0 and not findings.KEPT.exists()
+
+
+def test_findings_that_were_stopped_go_on_with_those_that_were_not_made_anew(elmo, tmp_path, monkeypatch):
+    made = []
+    def of(name: str, number: int):
+        def finding(bed) -> dict:
+            if (name, number) == ("map", 2):
+                raise KeyboardInterrupt
+            made.append(name)
+            return {"number": number}
+        return finding
+    def run(number: int, *argv: str) -> int:
+        monkeypatch.setattr(findings, "FINDINGS", {name: of(name, number) for name in ("leaks", "map", "weights")})
+        return findings.main([*argv, "--out", str(tmp_path)])
+    monkeypatch.setattr(findings.Bed, "of", classmethod(lambda cls, folder: SimpleNamespace(elmo=elmo)))
+    monkeypatch.setattr(elmo, "digest", "a")
+    monkeypatch.setattr(figures, "findings", lambda *_: None)
+    assert run(1) == 0 and run(1, "--resume") == 0 and made == ["leaks", "map", "weights"]
+    assert run(2) == 130 and run(3, "--resume") == 0 and made[3:] == ["leaks", "map", "weights"]
+    found = json.loads((tmp_path / "findings.json").read_text())
+    assert [found[name]["number"] for name in ("leaks", "map", "weights")] == [2, 3, 3]

@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT
 
 from data.files import InputError
-from report import build
+from report import build, findings
 
 REPORT = ROOT / "report"
 TEXT = "-- text\n"                                      # the line of report.typ above which layout and helpers stand
@@ -89,6 +89,26 @@ def test_the_report_refuses_numbers_of_another_bilm(monkeypatch, tmp_path):
     (tmp_path / "models" / "sst5.json").write_text(json.dumps(content | {"bilm": "0" * 64}))
     with pytest.raises(InputError, match=r"sst5\.json is of another biLM"):
         build.pdf()
+
+
+def test_the_report_refuses_findings_that_are_older_than_the_runs(monkeypatch, tmp_path):
+    shutil.copytree(ROOT / "models", tmp_path / "models", ignore=shutil.ignore_patterns("*.pt"))
+    copy_of_the_source(monkeypatch, tmp_path)
+    for name, key in (("classification", "together"), ("finetuned", "together"), ("classification", "accuracy")):
+        path = tmp_path / "models" / f"{name}.json"
+        content = json.loads((ROOT / "models" / f"{name}.json").read_text())
+        test = content["settings"]["trainable"]["test"]
+        test[key] |= {"accuracy": 0.9} if key == "together" else {"mean": 0.9}
+        path.write_text(json.dumps(content))
+        older = "findings" if key == "together" else "baselines"
+        with pytest.raises(InputError, match=rf"{older}\.json is older than the runs beside it; run"):
+            build.pdf()
+        shutil.copy(ROOT / "models" / f"{name}.json", path)
+    assert build.pdf()
+
+
+def test_the_report_asks_for_every_finding():
+    assert set(findings.FINDINGS) == build.FINDINGS
 
 
 @pytest.mark.parametrize("finding", sorted(build.FINDINGS))
