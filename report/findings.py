@@ -423,11 +423,10 @@ def weights(bed: Bed) -> dict:
 
 def settings(bed: Bed) -> dict:
     """Each two of the classifier's settings, and the fine-tuned one, by what they predict of the test rows."""
-    right = {name: np.array([*numbers["predictions"]], dtype=int) == bed.task.test.labels
-             for name, numbers in bed.published("classification")["settings"].items()}
+    runs = dict(bed.published("classification")["settings"])
     if (bed.folder / "finetuned.json").exists():
-        tuned = bed.published("finetuned")["settings"]["trainable"]["predictions"]
-        right["finetuned"] = np.array([*tuned], dtype=int) == bed.task.test.labels
+        runs["finetuned"] = bed.published("finetuned")["settings"]["trainable"]
+    right = {name: np.array([*run["predictions"]], dtype=int) == bed.task.test.labels for name, run in runs.items()}
     return {"rows": len(bed.task.test), "pairs": [{"one": one, "other": other} | mcnemar(right[one], right[other])
                                                   for one, other in combinations(right, 2)]}
 
@@ -501,11 +500,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if file.exists():
         with written_json(file) as old:
             result = old if old["bilm"] == bed.elmo.digest else {}
-    if result and not options.resume:       # what is made anew leaves the file first, so that --resume can go on
+    if not options.resume:      # what is made anew leaves the file first, so that --resume can go on
         result = {name: found for name, found in result.items() if name not in wanted}
-        write_json(file, result)
-    if "labels" in wanted and not options.resume:
-        KEPT.unlink(missing_ok=True)
+        if result:
+            write_json(file, result)
+        if "labels" in wanted:
+            KEPT.unlink(missing_ok=True)
     for name in wanted:
         if options.resume and name in result:
             continue

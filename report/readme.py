@@ -260,14 +260,9 @@ def perplexities(r: dict) -> tuple[str, str, str]:
             f"{test['forward']['kneser_ney_perplexity']:.1f}", r["command"])
 
 
-def best_of(means: dict[str, float]) -> str:
-    """The setting that is right most often on validation rows, by these means."""
-    return max((name for name in means if name in ("trainable", "frozen", "function")), key=means.get)
-
-
 def accuracy_of(what: str) -> Callable[[dict], tuple[str, str, str]]:
     def line(r: dict) -> tuple[str, str, str]:
-        name = best_of({name: n["validation"]["accuracy"]["mean"] for name, n in r["settings"].items()})
+        name = max(r["settings"], key=lambda setting: r["settings"][setting]["validation"]["accuracy"]["mean"])
         return f"{what} (setting `{name}`)", f"{share_of(r['settings'][name]['test']['accuracy'])} %", r["command"]
     return line
 
