@@ -1,24 +1,27 @@
-"""ELMo's bidirectional language model (Peters et al. 2018, arXiv:1802.05365) from raw news to models/bilstm.pt.
+"""ELMo's bidirectional language model (Peters et al. 2018, arXiv:1802.05365), from news texts to models/bilstm.pt.
 
     sentence k: <s> w_1 .. w_n </s>
     forward LM   reads <s> w_1 .. w_n      predicts w_1 .. w_n </s>      sum_k log p(w_k | w_1 .. w_k-1)
     backward LM  reads </s> w_n .. w_1     predicts w_n .. w_1 <s>       sum_k log p(w_k | w_k+1 .. w_n)
     h_{k,0} = [x_k ; x_k]    h_{k,j} = [forward h_{k,j} ; backward h_{k,j}],  j = 1, 2
 
-Token representations x and the softmax are shared by the two directions, the LSTMs are not; the loss is the mean of
-both directions' nats per token. B rows of a batch, T positions (longest row + 1), V words, P width of x and of every
-layer's output, H cells of an LSTM, E sampled words of a step, D = 2 P what a user receives per layer.
+The two directions are two language models. They share the token representations x and the softmax, not the LSTMs, and
+meet only in the last concatenation: a bidirectional LSTM would see the word that it has to predict.
+
+Shapes: B sentences of a batch, T positions (longest sentence + 1 boundary symbol), N predicted tokens, V words,
+E sampled words, H cells of an LSTM, P width of x and of every layer's output, D = 2 P width of a vector for users.
 
     python ELMO.py                                  the published run: models/bilstm.pt, pretraining.json and figures
-    python ELMO.py --resume                         goes on where a stopped run was, to the same weights bit for bit
-    python ELMO.py --corpus PATH --out FOLDER       any plain text instead: a file, or a folder of .txt and .gz
-    python ELMO.py --embed FILE --npz FILE          one text a line -> its three layers' vectors
+    python ELMO.py --resume                         go on after a stop; the weights end the same, bit for bit
+    python ELMO.py --corpus PATH --out FOLDER       train on any plain text: a file, or a folder of .txt and .gz
+    python ELMO.py --embed FILE --npz FILE          write the three layers' vectors of a file's lines
     torchrun --nproc_per_node=2 ELMO.py             the same run, each batch shared by two processes
 """
 import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -28,672 +31,676 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from data.files import InputError, fitting, read_published, write_npz, write_published
-from data.knobs import check_knobs, knob, script, script_arguments
-from data.machine import compute_dtype, default_device, fast_bf16, join_processes, on_each_core, sum_over_processes
-from data.prepare import CACHE, check_texts, split, word2vec
-from data.progress import Run, rate
-from data.text import BOS, EOS, PAD, SPECIAL, Data, Encoded, Vocabulary, batches, tokenize, tokenized
+from data.ag_news import CACHE, check_texts, split
+from data.batches import Sampler, batches, collate
+from data.characters import CharacterCNN
+from data.text import PAD, SPECIAL, Data, Encoded, Vocabulary, tokenize, tokenize_texts
+from data.word2vec import word2vec
+from run import figures, ngram
+from run.checkpoint import fitting, read_published, write_published
+from run.files import InputError, folder_lock, read_lines, write_json
+from run.machine import (
+    Workers,
+    autocast,
+    compute_dtype,
+    default_device,
+    fast_bf16,
+    join_processes,
+    machine,
+    map_on_cores,
+    peak_memory_gb,
+    sum_over_processes,
+    torch_threads,
+    versions,
+)
+from run.metrics import Scores, full_softmax_nll, perplexity_table, word_confusion
+from run.options import check_options, option, script, script_arguments
+from run.progress import Run, learning_rate_share
+from run.vectors import check_target, write_npz
 
 HERE = Path(__file__).resolve().parent
-FORMAT = "elmo-bilm-1"
+FORMAT = "elmo-bilm-2"                  # of bilstm.pt; raised when the meaning of the file changes
+LAYERS = 2                              # LSTM layers of each direction
+DIRECTIONS = ("forward", "backward")
+INITIAL_STD = 0.05                      # of the word table's entries: rows of norm about 1 at P = 448
+WARMUP = 0.03                           # share of the steps in which the learning rate rises
+MEASURED_TRAINING_ROWS = 4000
+MAX_COUNTED_TOKENS = 5_000_000          # of a corpus whose n-grams are counted, in memory
 
 
-# ------------------------------------------------------------------------------------------------------ knobs
+# ---------------------------------------------------------------------------------------------------- options
 @dataclass(frozen=True)
 class Config:
-    """Every knob of pretraining; the defaults are the published run. InputError where a value is out of range."""
-    representation: str = knob("embedding", "what x is made from", ("embedding", "word2vec", "char"))
-    width: int = knob(448, "P: width of x and of each LSTM's output, at most `hidden`", least=1, most=8192)
-    hidden: int = knob(448, "H: cells of each LSTM, projected to P where wider", least=1, most=65536)
-    skip: bool = knob(True, "add layer 1's output to layer 2's, as the paper does")
-    dropout: float = knob(0.2, "share of units left out, the same ones for a whole row", most=0.95)
-    word_dropout: float = knob(0.0, "share of words left out of the input", most=0.95)
-    lowercase: bool = knob(True, "lower-case the text")
-    min_count: int = knob(3, "a word enters the vocabulary when training rows hold it this often", least=1)
-    freeze_word2vec: bool = knob(False, "word2vec: x stays as gensim made it, and the softmax has a table of its own")
-    word2vec_epochs: int = knob(5, "word2vec: passes of gensim over the training rows", least=1)
-    max_chars: int = knob(24, "char: bytes of a word that are read", least=3, most=200)
-    rows: int = knob(0, "train on this many rows of train.csv only, for short trials; 0 takes all")
-    validation: int = knob(4000, "rows of train.csv that are kept apart for every choice", least=1)
-    epochs: float = knob(4.0, "passes over the training rows", most=100_000)
-    batch_tokens: int = knob(3000, "positions (rows x T) of a batch", least=1)
-    negatives: int = knob(2048, "sampled words of the training softmax; at V and above it is the full one", least=1)
-    sampling_power: float = knob(0.75, "words are sampled by count to this power", most=4)
-    lr: float = knob(8e-3, "highest learning rate of the LSTMs and the character network (AdamW)", most=10)
-    table_lr: float = knob(1.6e-2, "highest learning rate of the tied table (row-wise lazy Adam)", most=10)
-    warmup: float = knob(0.03, "share of the steps in which the rate rises; then it falls as a cosine", most=1)
-    beta2: float = knob(0.99, "Adam's decay of the squared gradient", most=0.99999)
-    weight_decay: float = knob(0.0, "AdamW's, of the LSTMs and the character network", most=10)
-    clip: float = knob(0.5, "largest gradient norm, over the LSTMs and the touched rows together", least=1e-9)
-    precision: str = knob("auto", "of matrix products; auto: bf16 where it is fast", ("auto", "fp32", "bf16"))
-    seed: int = knob(0, "of rows, weights, batches, dropout and negatives", most=2**31)
-    report_every: int = knob(0, "epochs between detailed metrics on validation rows; 0: only at the end")
-    log_every: int = knob(100, "steps between log lines", least=1)
-    save_every: float = knob(300.0, "seconds between resume states")
-    track: str = knob("none", "curves to a tracker too, in --out", ("none", "tensorboard", "wandb"))
+    """Every option of pretraining. The defaults are the published run; InputError if a value is out of range."""
+    representation: str = option("embedding", "what x is made from", choices=("embedding", "word2vec", "char"))
+    width: int = option(448, "P: width of x and of every layer's output, at most `hidden`", min=1, max=8192)
+    hidden: int = option(448, "H: cells of each LSTM, projected to P if there are more", min=1, max=65536)
+    dropout: float = option(0.2, "share of units dropped, the same units at all positions of a sentence", max=0.95)
+    word_dropout: float = option(0.0, "share of words dropped from the input", max=0.95)
+    min_count: int = option(3, "a word enters the vocabulary if the training rows contain it this often", min=1)
+    freeze_word2vec: bool = option(False, "word2vec: x does not learn, and the softmax has a table of its own")
+    rows: int = option(0, "train on this many rows of train.csv, for short trials; 0: all")
+    validation: int = option(4000, "rows of train.csv that are not trained on, for every choice", min=1)
+    epochs: float = option(4.0, "passes over the training rows", max=100_000)
+    batch_tokens: int = option(3000, "positions (B x T) of a batch", min=1)
+    negatives: int = option(2048, "E: sampled words per step; with V or more it is the full softmax", min=1)
+    lr: float = option(8e-3, "highest learning rate of AdamW, for the LSTMs and the character network", max=10)
+    table_lr: float = option(1.6e-2, "highest learning rate of SparseAdam, for the word table", max=10)
+    beta1: float = option(0.9, "Adam's decay of the mean gradient", max=0.99999)
+    beta2: float = option(0.99, "Adam's decay of the mean squared gradient", max=0.99999)
+    weight_decay: float = option(0.0, "AdamW's weight decay", max=10)
+    clip: float = option(0.5, "largest norm of the whole gradient", min=1e-9)
+    precision: str = option("auto", "of matrix products; auto: bf16 if it is fast", choices=("auto", "fp32", "bf16"))
+    seed: int = option(0, "of rows, weights, batches, dropout and sampled words", max=2**31)
+    log_every: int = option(100, "steps between log lines", min=1)
+    save_every: float = option(300.0, "seconds between resume states")
+    track: str = option("none", "curves to a tracker too, in --out", choices=("none", "tensorboard", "wandb"))
 
     def __post_init__(self):
-        check_knobs(self)
-
-    @property
-    def output(self) -> int:
-        """P: a layer is never wider than its cells."""
-        return min(self.width, self.hidden)
+        check_options(self)
+        object.__setattr__(self, "width", min(self.width, self.hidden))     # a projection never widens
 
     @property
     def tied(self) -> bool:
-        """Whether x and the softmax are one table: not for characters, nor for vectors that must not move."""
-        return self.representation != "char" and not (self.representation == "word2vec" and self.freeze_word2vec)
-
-
-# ------------------------------------------------------------------------------------- token representations
-class CharacterCNN(nn.Module):
-    """x from a word's bytes: convolutions of several widths, maximum over the word, highway layers, a projection.
-
-    Kim et al. 2016 (arXiv:1508.06615), as in the paper; every word gets a vector, seen in training or not.
-    """
-    WIDTH, HIGHWAYS = 16, 2                                         # of a character's embedding; layers
-    FILTERS = ((1, 32), (2, 32), (3, 64), (4, 128), (5, 128))       # (width, count): the paper's first five, two capped
-
-    def __init__(self, config: Config):
-        super().__init__()
-        size = sum(count for _, count in self.FILTERS)
-        self.characters = nn.Embedding(262, self.WIDTH, padding_idx=0)
-        self.convolutions = nn.ModuleList(nn.Conv1d(self.WIDTH, count, width) for width, count in self.FILTERS)
-        self.highways = nn.ModuleList(nn.Linear(size, 2 * size) for _ in range(self.HIGHWAYS))
-        self.project = nn.Linear(size, config.output)
-        for layer in self.highways:
-            nn.init.constant_(layer.bias[size:], -2.0)      # the gate starts nearly shut: the layer begins as identity
-
-    def forward(self, codes: Tensor) -> Tensor:
-        """(words, P) representations of the codes (words, L) that `spell` gives."""
-        x = self.characters(codes.long()).transpose(1, 2)   # (words, WIDTH, L)
-        x = torch.cat([conv(x).amax(dim=2).relu() for conv in self.convolutions], dim=1)    # (words, size)
-        for layer in self.highways:
-            value, gate = layer(x).chunk(2, dim=1)
-            x = x.lerp(value.relu(), gate.sigmoid())
-        return self.project(x)
+        """Whether x and the softmax share one table. Characters have no table, and a frozen one cannot be shared."""
+        if self.representation == "word2vec":
+            return not self.freeze_word2vec
+        return self.representation != "char"
 
 
 # ---------------------------------------------------------------------------------------------------- batches
-def collate(encoded: Encoded, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-    """x and y (2, T, B): both directions of some rows, each read left to right by its own LSTMs, time before rows.
+def reverse_within_lengths(h: Tensor, lengths: Tensor) -> Tensor:
+    """Each sentence of h (..., T, B, width) in reverse order, its padding where it was; lengths (B,).
 
-    The row "oil falls" with T = 4 (a longer row beside it):
-        x[0] = <s>  oil   falls <pad>     y[0] = oil   falls </s> <pad>
-        x[1] = </s> falls oil   <pad>     y[1] = falls oil   <s>  <pad>
-    The backward stream is reversed within each row's own length, so padding comes last in both. Ids are the words',
-    but type ids + 4 in the character model's x.
+    A sentence of 3 words with one position of padding: [a b c -] -> [c b a -]. Twice gives h again.
     """
-    starts = encoded.tokens.offsets[rows]
-    n = encoded.tokens.offsets[rows + 1] - starts
-    size, width = int(n.max()) + 1, len(rows)
-    x, y = (np.zeros((2, size, width), dtype=np.int64) for _ in range(2))
-    position = np.arange(size - 1)[:, None]                 # (T - 1, 1)
-    inside = position < n                                   # (T - 1, B)
-    for d, (first, last) in enumerate([(BOS, EOS), (EOS, BOS)]):
-        at = starts + (position if d == 0 else n - 1 - position)
-        types = encoded.tokens.ids[at[inside]].astype(np.int64)
-        y[d, :-1][inside] = encoded.lookup[types]
-        x[d, 1:][inside] = encoded.lookup[types] if encoded.chars is None else types + len(SPECIAL)
-        x[d, 0] = first
-        y[d, n, np.arange(width)] = last
-    return torch.from_numpy(x), torch.from_numpy(y)
+    T = h.shape[-3]
+    position = torch.arange(T, device=h.device)[:, None]                                # (T, 1)
+    source = torch.where(position < lengths, lengths - 1 - position, position)          # (T, B)
+    return h.gather(-3, source[:, :, None].expand(h.shape))
 
 
 # ------------------------------------------------------------------------------------------------------ model
-def tanh_(a: Tensor) -> Tensor:
-    """tanh(a) in place, as 2 sigmoid(2 a) - 1: torch's tanh takes a CPU five times as long as its sigmoid."""
-    return a.mul_(2).sigmoid_().mul_(2).sub_(1)
-
-
-class LSTM(torch.autograd.Function):
-    """(K, T, B, P) outputs of K LSTMs at once that never see each other: one layer's two directions, or several heads'.
-
-        [i f o u] = W_x x_t + W_h h_t-1 + b
-        c_t = sigmoid(f) c_t-1 + sigmoid(i) tanh(u)         h_t = W_p sigmoid(o) tanh(c_t)
-
-    (Hochreiter and Schmidhuber 1997, projection of Sak et al. 2014). Written out because what does not depend on the
-    previous step (W_x x, all weights' gradients) is then one large product over all T, and because what is done to a
-    step's gates is done in a buffer that stays in the cache. The gates' arithmetic and the states c are fp32.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, w_x: Tensor, w_h: Tensor, bias: Tensor, w_p: Tensor | None, training: bool) -> Tensor:
-        """(K, T, B, P) outputs of inputs x (K, T, B, width), weights as in Layer; `training`: backward will follow."""
-        (K, T, B, _), H = x.shape, w_x.shape[1] // 4
-        gates = torch.bmm(x.flatten(1, 2), w_x.transpose(1, 2)).view(K, T, B, 4 * H)
-        now = x.new_empty(K, B, 4 * H, dtype=torch.float32)                 # a step's gates
-        i, f, o, u = now.chunk(4, dim=-1)                                   # (K, B, H) each
-        shape = (T if training else 1, K, B, H)                             # without training the last step's suffice
-        c, tanh_c = (x.new_empty(shape, dtype=torch.float32).expand(T, -1, -1, -1) for _ in range(2))
-        cell_out = x.new_empty(K, T, B, H)
-        h = cell_out if w_p is None else x.new_empty(K, T, B, w_p.shape[1])
-        for t, gate in enumerate(gates.unbind(1)):                          # (K, B, 4H)
-            if t:
-                gate.baddbmm_(h[:, t - 1], w_h.transpose(1, 2))
-            now.copy_(gate).add_(bias[:, None])
-            now[..., :3 * H].sigmoid_()
-            tanh_(u)
-            torch.mul(f, c[t - 1], out=c[t]).addcmul_(i, u) if t else torch.mul(i, u, out=c[t])
-            torch.mul(o, tanh_(tanh_c[t].copy_(c[t])), out=cell_out[:, t])
-            if w_p is not None:
-                h[:, t] = torch.bmm(cell_out[:, t], w_p.transpose(1, 2))
-            if training:
-                gate.copy_(now)
-        if training:
-            ctx.save_for_backward(x, w_x, w_h, w_p, gates, c, tanh_c, cell_out, h)
-        return h
-
-    @staticmethod
-    def backward(ctx, dh: Tensor):
-        """Gradients of x and the weights from that of the outputs, by backpropagation through time."""
-        x, w_x, w_h, w_p, gates, c, tanh_c, cell_out, h = ctx.saved_tensors
-        (T, K, B, H), width = c.shape, x.shape[-1]
-        dprojected = None if w_p is None else torch.empty_like(h)           # all T steps' gradient of h, for W_p's
-        now, dnow = (c.new_empty(K, B, 4 * H) for _ in range(2))            # a step's gates, and their gradient
-        (i, f, o, u), (di, df, do, du) = now.chunk(4, dim=-1), dnow.chunk(4, dim=-1)
-        difo, dc, dnext = dnow[..., :3 * H], torch.zeros_like(c[0]), None
-        for t in reversed(range(T)):
-            dout = dh[:, t] if dnext is None else dh[:, t] + dnext          # (K, B, P)
-            if w_p is not None:
-                dprojected[:, t] = dout
-                dout = torch.bmm(dout, w_p)                                 # (K, B, H)
-            now.copy_(gates[:, t])
-            dout = dout.float()
-            torch.mul(dout, tanh_c[t], out=do)
-            dc.add_(torch.ops.aten.tanh_backward(dout * o, tanh_c[t]))
-            torch.mul(dc, i, out=du)
-            torch.mul(dc, u, out=di)
-            torch.mul(dc, c[t - 1], out=df) if t else df.zero_()
-            torch.ops.aten.tanh_backward.grad_input(du, u, grad_input=du)
-            torch.ops.aten.sigmoid_backward.grad_input(difo, now[..., :3 * H], grad_input=difo)
-            dc.mul_(f)
-            gates[:, t] = dnow                                              # from here on the gates' gradient
-            dnext = torch.bmm(gates[:, t], w_h) if t else None              # (K, B, P)
-        flat = gates.flatten(1, 2)                                          # (K, T B, 4H)
-        before = F.pad(h[:, :-1], (0, 0, 0, 0, 1, 0))                       # h_t-1
-        dw = torch.bmm(flat.transpose(1, 2), torch.cat([x, before], dim=-1).flatten(1, 2))      # W_x's and W_h's
-        dw_p = None if w_p is None else torch.bmm(dprojected.flatten(1, 2).transpose(1, 2), cell_out.flatten(1, 2))
-        dx = torch.bmm(flat, w_x).view_as(x) if ctx.needs_input_grad[0] else None
-        return dx, dw[..., :width], dw[..., width:], flat.sum(dim=1), dw_p, None
-
-
-class Layer(nn.Module):
-    """One LSTM layer's weights, both directions: w_x (2, 4H, width), w_h (2, 4H, P), bias (2, 4H), w_p (2, P, H)."""
-
-    def __init__(self, width: int, H: int, P: int):
-        super().__init__()
-        def uniform(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape).uniform_(-1, 1) / math.sqrt(shape[-1]))
-        self.w_x, self.w_h = uniform(2, 4 * H, width), uniform(2, 4 * H, P)
-        self.bias = nn.Parameter(torch.zeros(2, 4 * H))
-        self.w_p = uniform(2, P, H) if H > P else None
-        self.bias.data[:, H:2 * H] = 1                      # remember at first (Jozefowicz et al. 2015)
-
-    def forward(self, x: Tensor) -> Tensor:                 # (2, T, B, width) -> (2, T, B, P)
-        weights = [None if w is None else w.to(x.dtype) for w in (self.w_x, self.w_h, self.bias, self.w_p)]
-        return LSTM.apply(x, *weights, torch.is_grad_enabled())
+def lstm_layers(config: Config) -> nn.ModuleList:
+    """The LSTM layers of one direction, one module each, so that the states of every layer are visible."""
+    projection = config.width if config.hidden > config.width else 0
+    layers = nn.ModuleList()
+    for _ in range(LAYERS):
+        lstm = nn.LSTM(config.width, config.hidden, proj_size=projection)
+        nn.init.zeros_(lstm.bias_ih_l0)
+        nn.init.zeros_(lstm.bias_hh_l0)
+        nn.init.ones_(lstm.bias_ih_l0.data[config.hidden:2 * config.hidden])    # remember at first (Jozefowicz 2015)
+        layers.append(lstm)
+    return layers
 
 
 class BiLM(nn.Module):
-    """The bidirectional language model. `table` (V, P) is the softmax and, where tied, also x; row-wise Adam moves it.
+    """The forward and the backward language model, with the word table and softmax bias that they share.
 
-    `table` and `table_bias` are buffers, not parameters: no gradient of their size exists, only that of the rows that a
-    step touches. They are changed in place by RowAdam.
+    table (V, P): the rows are the softmax weights and, if tied, also the token representations; bias (V, 1).
     """
-    STD = 0.05          # of the table's entries at first: rows of norm about 1 at P = 448
 
-    def __init__(self, config: Config, size: int):
+    def __init__(self, config: Config, vocabulary_size: int):
         super().__init__()
-        self.config, P = config, config.output
-        self.register_buffer("table", self.STD * torch.randn(size, P))
-        self.register_buffer("table_bias", torch.zeros(size, 1))
+        self.config = config
+        self.table = nn.Parameter(INITIAL_STD * torch.randn(vocabulary_size, config.width))
+        self.bias = nn.Parameter(torch.zeros(vocabulary_size, 1))
         if config.representation == "char":
-            self.characters = CharacterCNN(config)
+            self.characters = CharacterCNN(config.width)
         elif not config.tied:
-            self.register_buffer("static", self.STD * torch.randn(size, P))
-        self.layers = nn.ModuleList(Layer(P, config.hidden, P) for _ in range(2))
+            self.register_buffer("static", INITIAL_STD * torch.randn(vocabulary_size, config.width))
+        # The names in the file are forward.0.weight_ih_l0 and so on. `self.forward` is taken by nn.Module.
+        self._modules["forward"] = lstm_layers(config)
+        self._modules["backward"] = lstm_layers(config)
+        self.set_trainable()
+
+    def set_trainable(self) -> "BiLM":
+        """Lets all weights learn but the second bias of each LSTM, which stays zero; returns self.
+
+        nn.LSTM adds two biases with the same gradient, so together they would learn at twice the rate.
+        """
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_("bias_hh" not in name)
+        return self
+
+    def lstms(self, d: int) -> nn.ModuleList:
+        """The layers of direction d: 0 forward, 1 backward."""
+        return self._modules[DIRECTIONS[d]]
+
+    def lstm_weights(self, d: int) -> list[nn.Parameter]:
+        """The weights that learn in the LSTMs of direction d."""
+        return [weight for weight in self.lstms(d).parameters() if weight.requires_grad]
 
     @torch.no_grad()
     def start_from(self, vectors: dict[int, np.ndarray]) -> None:
-        """Word2Vec vectors (P,) of word ids into x's table, scaled to its initial size."""
-        if vectors:
-            found = torch.from_numpy(np.stack(list(vectors.values())))
-            (self.table if self.config.tied else self.static)[list(vectors)] = self.STD * found / found.std()
+        """Copies Word2Vec's vectors (P,) of word ids into the input table, scaled to the size of initial weights."""
+        if not vectors:
+            return
+        found = torch.from_numpy(np.stack(list(vectors.values())))
+        table = self.table if self.config.tied else self.static
+        table[list(vectors)] = INITIAL_STD * found / found.std()
 
-    def represent(self, x: Tensor, rows: Tensor | None = None, chars: Tensor | None = None) -> Tensor:
-        """(..., P) token representations of the ids x: of `rows`, the step's part of the table, where given."""
+    def represent(self, ids: Tensor, chars: Tensor | None = None) -> Tensor:
+        """(..., P) token representations of ids (...); chars: characters of all types, for the character network."""
         if self.config.representation == "char":
-            types, where = torch.unique(x, return_inverse=True)
-            return F.embedding(where, self.characters(chars[types.to(chars.device)].to(x.device)))
-        table = self.static if not self.config.tied else self.table if rows is None else rows
-        return F.embedding(x, table)        # unlike table[x], its gradient is summed in the same order every time
+            types, place = torch.unique(ids, return_inverse=True)           # each type goes through the network once
+            codes = chars[types.to(chars.device)].to(ids.device)
+            return F.embedding(place, self.characters(codes).float())
+        if self.config.tied:
+            return F.embedding(ids, self.table, sparse=True)                # the gradient holds only the rows of ids
+        return F.embedding(ids, self.static)
 
-    def states(self, x: Tensor, dtype: torch.dtype = torch.float32, masks: Sequence = (None,) * 3) -> list[Tensor]:
-        """[h_0, h_1, h_2], each (2, T, B, P): representations x in, every layer's states out."""
-        out = [x.to(dtype) if masks[0] is None else x.to(dtype) * masks[0]]
-        for j, layer in enumerate(self.layers, start=1):
-            h = layer(out[-1])
-            h = h if masks[j] is None else h * masks[j]
-            out.append(h + out[-1] if self.config.skip and j > 1 else h)
-        return out
+    def states(self, d: int, x: Tensor, masks: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """[h_0, h_1, h_2], each (T, B, P): all layers of direction d over representations x (T, B, P).
+
+        masks, for dropout: one per layer, (1, B, P) each, so that a sentence loses the same units at every position.
+        """
+        h = x if masks is None else x * masks[0]
+        states = [h]
+        for j, lstm in enumerate(self.lstms(d)):
+            new, _ = lstm(h)                                                # (T, B, P)
+            if masks is not None:
+                new = new * masks[j + 1]
+            h = new if j == 0 else new + h                                  # skip connection, as in the paper
+            states.append(h)
+        return states
+
+    def join(self, forward: list[Tensor], backward: list[Tensor], lengths: Tensor) -> Tensor:
+        """(3, T - 1, B, 2P) vectors of the words in reading order, boundaries left out, from both directions' states.
+
+        The state of word k is the one after reading it: position k of the forward model, whose position 0 is <s>. The
+        backward model reads word n first, so its states are reversed within each sentence; lengths (B,).
+        """
+        read_forward, read_backward = (torch.stack([h.to(states[-1].dtype) for h in states])[:, 1:]
+                                       for states in (forward, backward))
+        return torch.cat([read_forward, reverse_within_lengths(read_backward, lengths)], dim=-1)
+
+    def contextual(self, ids: Tensor, lengths: Tensor, chars: Tensor | None = None) -> Tensor:
+        """(3, T - 1, B, 2P) vectors of all layers for ids (2, T, B) from `collate` and sentence lengths (B,)."""
+        x = self.represent(ids, chars)
+        forward, backward = (self.states(d, x[d]) for d in range(2))
+        return self.join(forward, backward, lengths)
+
+
+class ScalarMix(nn.Module):
+    """Weighted average of the biLM's layers: gamma * sum_j s_j h_j, with s = softmax(w)  (Peters et al. 2018, equation 1).
+
+    s_j is what the assignment calls lambda_j.
+    """
+
+    def __init__(self, layers: int = LAYERS + 1):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(layers))
+        self.gamma = nn.Parameter(torch.ones(()))
+
+    def forward(self, layers: Tensor) -> Tensor:
+        weights = self.gamma * self.w.softmax(dim=0)                                        # (3,)
+        return torch.einsum("j,jtbd->tbd", weights.to(layers.dtype), layers)                # (3, T, B, D) -> (T, B, D)
 
 
 # ------------------------------------------------------------------------------------------------------- loss
-class Negatives:
-    """Draws sampled words without replacement: word w is in a draw with probability pi_w, exactly, in O(E log V).
+def sampled_nll(h: Tensor, y: Tensor, table: Tensor, bias: Tensor, sampled: Tensor, log_pi: Tensor) -> Tensor:
+    """(N,) negative log-likelihoods of targets y (N,) given states h (N, P), by a softmax over sampled words.
 
-    pi_w = min(1, k count_w^power) with k such that they sum to E: frequent words are in every draw, both boundary
-    symbols are words like any other, <pad> is in none. Systematic sampling: the words lie in a random order, new each
-    epoch, as intervals of length pi_w on a line; the points u, u + 1, u + 2, .. hit no interval of length <= 1 twice.
+        nll = log Z - s_y        Z = exp(s_y) + sum over sampled w != y of exp(s_w) / pi_w
+
+    s_w = h . table_w + bias_w is the logit of word w. A sampled word stands for 1 / pi_w words, so the expected Z is
+    the sum of the full softmax (Horvitz and Thompson 1952). sampled (E,) ascending word ids; log_pi (E,).
     """
-
-    def __init__(self, counts: np.ndarray, draws: int, power: float, seed: int):
-        weight = np.where(counts > 0, np.maximum(counts, 1.0) ** power, 0.0)
-        weight[PAD] = 0
-        draws = min(draws, int((weight > 0).sum()))
-        pi, scale = weight, draws / weight.sum()
-        for _ in range(200):                                # each round caps more words; few rounds are needed
-            pi = np.minimum(1, scale * weight)
-            if abs(pi.sum() - draws) < 1e-9 * draws:
-                break
-            scale *= 1 + (draws - pi.sum()) / max(pi[pi < 1].sum(), 1e-12)
-        self.pi, self.draws, self.seed = pi, draws, seed
-        self.log_pi = torch.from_numpy(np.log(np.maximum(pi, 1e-30))).float()
-
-    def shuffle(self, epoch: int) -> None:
-        """A new order of the intervals, the only work that grows with V."""
-        self.order = np.random.default_rng([self.seed, epoch, 1]).permutation(len(self.pi))
-        self.ends = np.cumsum(self.pi[self.order])
-
-    def draw(self, u: float) -> Tensor:
-        """(E,) distinct word ids for u in [0, 1)."""
-        points = np.arange(self.draws) + u
-        hits = np.searchsorted(self.ends, points[points < self.ends[-1]], side="right")
-        return torch.from_numpy(self.order[np.unique(hits)])
-
-
-class SampledSoftmax(torch.autograd.Function):
-    """Summed nats of N targets against shared sampled words, and all gradients, in one pass over blocks of logits.
-
-        Z = exp(s_target) + sum over sampled w != target of exp(s_w) / pi_w        (Horvitz and Thompson 1952)
-        loss = log Z - s_target
-
-    A sampled word counts as 1 / pi_w words, so that Z's expectation is the full softmax's sum exactly; a target that
-    was sampled too (accidental hit) is left out of the sum, since it stands there already. Gradients are made where the
-    logits lie, block by block, so that no second array of their size exists.
-    """
-    LOGITS = 2**21      # of a block: 8 MB in fp32, about what a core's share of the cache holds
-
-    @staticmethod
-    def forward(ctx, h, rows, bias, target, sampled, log_pi):
-        """h (N, P); rows (C, P), bias (C, 1) the step's part of the table; target (N,), sampled (E,) places in it."""
-        weight = rows.index_select(0, sampled).to(h.dtype)  # (E, P)
-        offset = bias[sampled, 0] - log_pi                  # (E,)
-        place = torch.full((len(rows),), -1, device=h.device)
-        place[sampled] = torch.arange(len(sampled), device=h.device)
-        hit = place[target]                                 # (N,) where in `sampled` the target stands, or -1
-        dh, dgold = torch.empty_like(h), h.new_empty(len(h), dtype=torch.float32)
-        dweight, doffset = torch.zeros_like(weight, dtype=torch.float32), torch.zeros_like(offset)
-        total = torch.zeros((), dtype=torch.float64, device=h.device)
-        size = max(16, SampledSoftmax.LOGITS // max(1, len(sampled)))
-        for a in range(0, len(h), size):
-            block, gold = h[a:a + size], target[a:a + size]
-            gold_rows = rows.index_select(0, gold)          # (n, P)
-            s = (block.float() * gold_rows).sum(dim=1) + bias[gold, 0]
-            z = (block @ weight.t()).float().add_(offset)   # (n, E)
-            both = (hit[a:a + size] >= 0).nonzero()[:, 0]
-            z[both, hit[a + both]] = -torch.inf
-            top = torch.maximum(z.amax(dim=1), s)
-            z.sub_(top[:, None]).exp_()
-            s_exp = (s - top).exp()
-            Z = z.sum(dim=1) + s_exp
-            total += (Z.log() + top - s).sum(dtype=torch.float64)
-            z.div_(Z[:, None])                              # now the gradient of the sampled words' logits
-            dgold[a:a + size] = s_exp / Z - 1
-            doffset += z.sum(dim=0)
-            z = z.to(h.dtype)
-            dh[a:a + size] = (z @ weight).float().addcmul_(dgold[a:a + size, None], gold_rows)
-            dweight += z.t() @ block
-        drows, dbias = torch.zeros_like(rows), torch.zeros_like(bias)
-        drows.index_add_(0, target, dgold[:, None] * h.float()).index_add_(0, sampled, dweight)
-        dbias[:, 0].index_add_(0, target, dgold).index_add_(0, sampled, doffset)
-        ctx.save_for_backward(dh, drows, dbias)
-        return total
-
-    @staticmethod
-    def backward(ctx, grad):
-        return *(g * grad for g in ctx.saved_tensors), None, None, None     # a 0-d factor keeps each gradient's type
-
-
-def full_softmax(model: BiLM, h: Tensor, y: Tensor, details: bool = False) -> tuple[Tensor, ...]:
-    """Nats (N,) of the targets y under all V words; with details also the best word and the target's rank (N,)."""
-    nats, best, rank = [], [], []
-    block = max(16, 2**23 // len(model.table))              # logits of 32 MB
-    for a in range(0, len(h), block):
-        z = torch.addmm(model.table_bias[:, 0], h[a:a + block].float(), model.table.t())         # (n, V)
-        z[:, PAD] = -torch.inf
-        s = z.gather(1, y[a:a + block, None])
-        if details:
-            best.append(z.argmax(dim=1))
-            rank.append((z > s).sum(dim=1))
-        top = z.amax(dim=1, keepdim=True)
-        nats.append((z.sub_(top).exp_().sum(dim=1).log() + (top - s)[:, 0]).double())
-    return tuple(torch.cat(part) for part in ((nats, best, rank) if details else (nats,)))
+    rows = F.embedding(y, table, sparse=True)                                           # (N, P)
+    target = (h.float() * rows).sum(dim=1) + F.embedding(y, bias, sparse=True)[:, 0]    # (N,)
+    words = F.embedding(sampled, table, sparse=True)                                    # (E, P)
+    offset = F.embedding(sampled, bias, sparse=True)[:, 0] - log_pi                     # (E,)
+    logits = (h @ words.to(h.dtype).t()).float() + offset                               # (N, E)
+    column = torch.searchsorted(sampled, y).clamp(max=len(sampled) - 1)                 # where y would stand in sampled
+    row = (sampled[column] == y).nonzero()[:, 0]
+    logits[row, column[row]] = -torch.inf                   # a target that was sampled too is counted as target only
+    return torch.logaddexp(target, logits.logsumexp(dim=1)) - target
 
 
 # ------------------------------------------------------------------------------------------------- evaluation
-@dataclass
-class Scores:
-    """Per direction (forward, backward) and row: nats (2, rows), tokens (rows,) predicted, each end symbol included.
-
-    With details also, per direction and predicted token: row, gold word, best word, rank (words scored above gold).
-    """
-    nats: np.ndarray
-    tokens: np.ndarray
-    words: list[tuple[np.ndarray, ...]]
-
-    def perplexity(self, rows: np.ndarray | slice = slice(None)) -> list[float]:
-        """exp(summed nats / summed tokens) of the chosen rows, forward and backward."""
-        return np.exp(self.nats[:, rows].sum(axis=1) / max(1, self.tokens[rows].sum())).tolist()
-
-
 @torch.no_grad()
-def score_rows(model: BiLM, encoded: Encoded, rows: np.ndarray, dtype=torch.float32, details: bool = False) -> Scores:
-    """Scores of the rows under the full softmax; no dropout, no sampling, each row on its own."""
-    lengths, device = np.diff(encoded.tokens.offsets)[rows], model.table.device
-    nats, found = np.zeros((2, len(rows))), ([], [])
-    for part in batches(lengths, 8000):
-        x, y = collate(encoded, rows[part])
-        h = model.states(model.represent(x.to(device), chars=encoded.chars), dtype)[-1]       # (2, T, B, P)
-        for d in range(2):
-            real = y[d] != PAD                                              # (T, B)
-            gold = y[d][real].to(device)
-            values = full_softmax(model, h[d][real.to(device)], gold, details)
-            row = real.nonzero()[:, 1].numpy()
-            nats[d, part] = np.bincount(row, weights=values[0].cpu().numpy(), minlength=len(part))
-            if details:
-                found[d].append([part[row], gold.cpu().numpy(), *(v.cpu().numpy() for v in values[1:])])
-    return Scores(nats, lengths + 1, [tuple(map(np.concatenate, zip(*f, strict=True))) for f in found if f])
+def score_rows(model: BiLM, encoded: Encoded, rows: np.ndarray, dtype: torch.dtype = torch.float32,
+               details: bool = False) -> Scores:
+    """Scores of some rows under the full softmax: no dropout, no sampling, every row by itself."""
+    lengths = encoded.lengths[rows]
+    device = model.table.device
+    nll = np.zeros((2, len(rows)))
+
+    def score_batch(part: np.ndarray) -> list[tuple[np.ndarray, ...]]:
+        ids, y = collate(encoded, rows[part])
+        words = []
+        with torch.no_grad(), autocast(device, dtype):
+            x = model.represent(ids.to(device), encoded.chars)
+            for d in range(2):
+                real = y[d] != PAD                                                      # (T, B)
+                gold = y[d][real].to(device)
+                h = model.states(d, x[d])[-1][real.to(device)]                          # (N, P)
+                with autocast(device, torch.float32):                                   # the softmax is exact
+                    token_nll, *found = full_softmax_nll(h, gold, model.table, model.bias, details)
+                row = real.nonzero()[:, 1].numpy()
+                nll[d, part] = np.bincount(row, weights=token_nll.cpu().numpy(), minlength=len(part))
+                words.append((part[row], gold.cpu().numpy(), *(values.cpu().numpy() for values in found)))
+        return words
+
+    batch_words = map_on_cores(score_batch, batches(lengths, 3000), device)
+    words = []
+    if details:
+        for of_direction in zip(*batch_words, strict=True):
+            words.append(tuple(np.concatenate(column) for column in zip(*of_direction, strict=True)))
+    return Scores(nll, lengths + 1, words)
 
 
 # --------------------------------------------------------------------------------------------------- training
-class RowAdam:
-    """Adam (Kingma and Ba 2015) for the rows of a table that a step touches; the others cost nothing and do not move.
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
+    """Scales the whole gradient to a norm of at most `max_norm`; returns the norm before.
 
-    Every row has its own step count, so that a rare word's first update is corrected like a frequent word's first.
+    `nn.utils.clip_grad_norm_` refuses sparse gradients. The norm of a coalesced one is the norm of its values.
     """
-
-    def __init__(self, table: Tensor, beta2: float):
-        self.table, self.beta2 = table, beta2
-        self.state = {"m": torch.zeros_like(table), "v": torch.zeros_like(table),
-                      "steps": torch.zeros(len(table), 1, device=table.device)}
-
-    def update(self, at: Tensor, grad: Tensor, lr: float) -> None:
-        """at: distinct row numbers (C,); grad (C, width)."""
-        rows = {name: value.index_select(0, at) for name, value in self.state.items()}
-        rows["steps"] += 1
-        rows["m"].lerp_(grad, 0.1)
-        rows["v"].mul_(self.beta2).addcmul_(grad, grad, value=1 - self.beta2)
-        for name, value in rows.items():
-            self.state[name].index_copy_(0, at, value)
-        size = rows["v"].div_(1 - self.beta2 ** rows["steps"]).sqrt_().add_(1e-8)
-        self.table.index_add_(0, at, rows["m"].mul_(-lr / (1 - 0.9 ** rows["steps"])).div_(size))
+    gradients = [p.grad.values() if p.grad.is_sparse else p.grad for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    scale = (max_norm / norm.clamp(min=1e-12)).clamp(max=1)
+    for gradient in gradients:
+        gradient.mul_(scale)
+    return float(norm)
 
 
 class Trainer:
-    """The model, its optimizers and one training step; every random number of a step comes from (seed, step)."""
+    """The model, its two optimizers, and one training step. Every random number of a step comes from (seed, step).
+
+    The two directions run side by side, each in a thread of its own: they never meet before the last concatenation.
+    """
     unit = "tokens"
 
     def __init__(self, config: Config, data: Data, device: torch.device):
-        self.config, self.data, self.device = config, data, device
+        self.config = config
+        self.data = data
+        self.device = device
         self.rank, self.world = join_processes()
         self.dtype = compute_dtype(config.precision, device)
-        counts = data.counts()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            self.model = BiLM(config, len(data.words))
-        self.model.table_bias[:, 0] = torch.from_numpy(np.log(np.maximum(counts, 0.5) / counts.sum()))
-        if config.representation == "word2vec":
-            self.model.start_from(word2vec(data, config.output, config.word2vec_epochs, config.seed))
-        self.model.to(device)
-        self.adamw = torch.optim.AdamW(self.model.parameters(), lr=config.lr, betas=(0.9, config.beta2),
-                                       weight_decay=config.weight_decay, fused=True)
-        self.row_adams = [RowAdam(t, config.beta2) for t in (self.model.table, self.model.table_bias)]
-        self.negatives = Negatives(counts, config.negatives, config.sampling_power, config.seed)
-        self.log_pi = self.negatives.log_pi.to(device)
-        self.place = torch.zeros(len(counts), dtype=torch.long, device=device)      # word id -> row of the step's part
-        self.lengths = np.diff(data.encoded.tokens.offsets)[data.train]
-        self.targets_per_epoch = 2 * int((self.lengths + 1).sum())
+        self.workers = Workers(2, device)
+        self.model = self.new_model().to(device)
+        self.dense = [p for name, p in self.model.named_parameters() if name not in ("table", "bias") and p.requires_grad]
+        self.sparse = [self.model.table, self.model.bias]
+        betas = (config.beta1, config.beta2)
+        self.adamw = torch.optim.AdamW(self.dense, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=True)
+        self.sparse_adam = torch.optim.SparseAdam(self.sparse, lr=config.table_lr, betas=betas)
+        self.sampler = Sampler(data.counts(), config.negatives, config.seed)
+        self.log_pi = self.sampler.log_pi.to(device)
+        self.lengths = data.encoded.lengths[data.train]
         self.start_epoch(0)
-        self.per_epoch = self.interval = len(self.batches)
+        self.per_epoch = len(self.batches)
+        self.interval = self.per_epoch                      # steps between evaluations
         self.steps = round(config.epochs * self.per_epoch)
 
+    def new_model(self) -> BiLM:
+        """A model with random weights, a softmax bias of log frequencies, and Word2Vec's vectors if they are wanted."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed)
+            model = BiLM(self.config, len(self.data.words))
+        counts = self.data.counts()
+        model.bias.data[:, 0] = torch.from_numpy(np.log(np.maximum(counts, 0.5) / counts.sum()))
+        if self.config.representation == "word2vec":
+            model.start_from(word2vec(self.data, self.config.width, self.config.seed))
+        return model
+
     def start_epoch(self, epoch: int) -> None:
-        """New batches, and a new order of the words on the line from which negatives are drawn."""
+        """New batches, and a new order of the words in the sampler."""
         generator = np.random.default_rng([self.config.seed, epoch])
-        self.epoch, self.batches = epoch, batches(self.lengths, self.config.batch_tokens, generator)
-        self.negatives.shuffle(epoch)
+        self.epoch = epoch
+        self.batches = batches(self.lengths, self.config.batch_tokens, generator)
+        self.sampler.shuffle(epoch)
 
-    def masks(self, T: int, B: int, generator: torch.Generator) -> list[Tensor | None]:
-        """Dropout of x, h_1, h_2, each (2, 1, B, P) and the same at every t; word dropout (2, T, B, 1) joins x's."""
-        def mask(p: float, *shape: int) -> Tensor | None:
-            if p == 0:
-                return None
-            kept = torch.empty(shape).bernoulli_(1 - p, generator=generator).div_(1 - p)
-            return kept[:, :, self.rank::self.world].to(self.device, self.dtype)
-        units = [mask(self.config.dropout, 2, 1, B, self.config.output) for _ in range(3)]
-        if (words := mask(self.config.word_dropout, 2, T, B, 1)) is not None:
-            units[0] = words if units[0] is None else units[0] * words
-        return units
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """x and y (2, T, B) of a step, the rows of all processes."""
+        epoch, number = divmod(step, self.per_epoch)
+        if epoch != self.epoch:
+            self.start_epoch(epoch)
+        return collate(self.data.encoded, self.data.train[self.batches[number]])
 
+    def own(self, rows: Tensor) -> Tensor:
+        """This process's share of a batch (2, T, B, ...), on the device: with W processes, every W-th row."""
+        return rows[:, :, self.rank::self.world].to(self.device)
+
+    def masks(self, T: int, B: int, generator: torch.Generator) -> list[Tensor]:
+        """Dropout masks of h_0, h_1 and h_2, each (2, 1, B, P); word dropout makes the first one (2, T, B, P).
+
+        A mask holds 0 for a dropped unit and 1 / (1 - p) for the others, so that the expected value stays the same.
+        """
+        def mask(p: float, *shape: int) -> Tensor:
+            return self.own(torch.empty(shape).bernoulli_(1 - p, generator=generator).div_(1 - p))
+        masks = [mask(self.config.dropout, 2, 1, B, self.config.width) for _ in range(LAYERS + 1)]
+        if self.config.word_dropout:
+            masks[0] = masks[0] * mask(self.config.word_dropout, 2, T, B, 1)
+        return masks
+
+    def direction(self, d: int, x: Tensor, y: Tensor, masks: list[Tensor], sampled: Tensor, targets: int):
+        """(summed nll, gradients of table, bias, x, LSTMs) of direction d. x (T, B, P) and y (T, B) are its own.
+
+        The gradients are returned, not added to .grad, so that the caller adds those of both directions in fixed order.
+        """
+        with autocast(self.device, self.dtype):
+            h = self.model.states(d, x, masks)[-1]
+            real = y != PAD
+            nll = sampled_nll(h[real], y[real], *self.sparse, sampled, self.log_pi[sampled]).sum()
+        return nll.detach(), torch.autograd.grad(nll / targets, [*self.sparse, x, *self.model.lstm_weights(d)])
+
+    @torch_threads(1)
     def step(self, step: int) -> tuple[float, int]:
-        """One update; (summed nats, targets) of the batch, both directions and all processes together."""
-        if step // self.per_epoch != self.epoch:
-            self.start_epoch(step // self.per_epoch)
-        x, y = collate(self.data.encoded, self.data.train[self.batches[step % self.per_epoch]])
+        """One update; returns (summed nll, predicted tokens) of the batch, both directions and all processes."""
+        # batch
+        ids, y = self.batch(step)
         targets = int((y != PAD).sum())
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)
-        masks = self.masks(*x.shape[1:], generator)
-        sampled = self.negatives.draw(float(torch.rand((), generator=generator, dtype=torch.float64)))
-        touched = torch.cat([y.flatten(), sampled] + ([x.flatten()] if self.config.tied else [])).unique()
-        at, x, y, sampled = (ids.to(self.device) for ids in (touched, x, y, sampled))
-        self.place[at] = torch.arange(len(at), device=self.device)
-        rows, bias = (t.index_select(0, at).requires_grad_() for t in (self.model.table, self.model.table_bias))
-        x, y = (ids[:, :, self.rank::self.world] for ids in (x, y))     # this process's rows of the batch
-        x = self.model.represent(self.place[x] if self.config.tied else x, rows, self.data.encoded.chars)
-        h, real = self.model.states(x, self.dtype, masks)[-1], y != PAD
-        nats = SampledSoftmax.apply(h[real], rows, bias, self.place[y[real]], self.place[sampled], self.log_pi[sampled])
-        (nats / targets).backward()
-        moved, nats = [p for p in (*self.model.parameters(), rows, bias) if p.grad is not None], nats.detach()
-        sum_over_processes([p.grad for p in moved])
-        sum_over_processes([nats])
-        norm = float(nn.utils.clip_grad_norm_(moved, self.config.clip))
-        if not math.isfinite(norm + float(nats)):
+        masks = self.masks(*ids.shape[1:], generator)
+        sampled = self.sampler.draw(float(torch.rand((), generator=generator, dtype=torch.float64))).to(self.device)
+        # loss and gradients of both directions, each on its own core
+        with autocast(self.device, self.dtype):
+            x = self.model.represent(self.own(ids), self.data.encoded.chars)            # (2, T, B, P)
+        inputs = [x[d].detach().requires_grad_() for d in range(2)]
+        own_masks = [[mask[d] for mask in masks] for d in range(2)]
+        results = self.workers.map(partial(self.direction, sampled=sampled, targets=targets), range(2), inputs,
+                                   self.own(y), own_masks)
+        nll = self.collect(x, *results)
+        # clip
+        norm = clip_gradients([*self.dense, *self.sparse], self.config.clip)
+        if not math.isfinite(norm + nll):
             raise InputError(f"the loss is not finite at step {step}; start anew with a lower --lr and --table-lr")
-        share = rate(step, self.steps, self.config.warmup)
-        self.adamw.param_groups[0]["lr"] = self.config.lr * share
-        self.adamw.step()
-        self.adamw.zero_grad()
-        for adam, part in zip(self.row_adams, (rows, bias), strict=True):
-            adam.update(at, part.grad, self.config.table_lr * share)
-        return float(nats), targets
+        # update
+        share = learning_rate_share(step, self.steps, WARMUP)
+        for optimizer, lr in ((self.adamw, self.config.lr), (self.sparse_adam, self.config.table_lr)):
+            optimizer.param_groups[0]["lr"] = lr * share
+            optimizer.step()
+            optimizer.zero_grad()
+        return nll, targets
+
+    def collect(self, x: Tensor, forward: tuple, backward: tuple) -> float:
+        """Puts both directions' gradients into .grad, summed over processes; returns the summed nll."""
+        nll_forward, (table_forward, bias_forward, x_forward, *lstms_forward) = forward
+        nll_backward, (table_backward, bias_backward, x_backward, *lstms_backward) = backward
+        self.model.table.grad = table_forward + table_backward
+        self.model.bias.grad = bias_forward + bias_backward
+        for d, gradients in enumerate((lstms_forward, lstms_backward)):
+            for weight, gradient in zip(self.model.lstm_weights(d), gradients, strict=True):
+                weight.grad = gradient
+        if x.requires_grad:
+            x.backward(torch.stack([x_forward, x_backward]))                # into the table, or the character network
+        gradients = [parameter.grad for parameter in (*self.dense, *self.sparse)]
+        *summed, nll = sum_over_processes([*gradients, nll_forward + nll_backward])
+        for parameter, gradient in zip((*self.dense, *self.sparse), summed, strict=True):
+            parameter.grad = gradient.coalesce() if gradient.is_sparse else gradient
+        return float(nll)
 
     def identity(self) -> dict:
         """What a resumed run must share with the run that it continues."""
-        free = dict.fromkeys(("report_every", "log_every", "save_every", "track"))      # no weight depends on these
-        return asdict(self.config) | free | {"training rows": self.data.digest}
+        without_effect = dict.fromkeys(("log_every", "save_every", "track"))            # no weight depends on these
+        return asdict(self.config) | without_effect | {"training rows": self.data.digest}
 
     def state(self) -> dict:
-        """All that the next step depends on, beside the identity."""
+        """Everything that the next step depends on, beside the identity."""
         return {"model": self.model.state_dict(), "adamw": self.adamw.state_dict(),
-                "rows": [adam.state for adam in self.row_adams]}
+                "sparse_adam": self.sparse_adam.state_dict()}
 
     def load_state(self, state: dict) -> None:
         """The inverse of `state`."""
         self.model.load_state_dict(state["model"])
         self.adamw.load_state_dict(state["adamw"])
-        for adam, saved in zip(self.row_adams, state["rows"], strict=True):
-            adam.state = {name: value.to(self.device) for name, value in saved.items()}
+        self.sparse_adam.load_state_dict(state["sparse_adam"])
 
 
-def train(trainer: Trainer, resume_file: Path | None = None, resume: bool = False, details=None) -> Run:
-    """The run, with the weights best on the validation rows; `details(scores)` is what --report-every adds to them."""
-    config, data = trainer.config, trainer.data
-    def evaluate(loss: float) -> tuple[float, dict]:
-        """(mean nats a validation token, the history's entry); without such rows a number that later steps lower."""
-        entry = {"train_perplexity": math.exp(loss)}
-        if not len(data.validation):
+def train(trainer: Trainer, resume_file: Path | None = None, resume: bool = False) -> Run:
+    """The training loop. The returned Run holds the weights of the epoch that is best on the validation rows."""
+    data = trainer.data
+
+    def evaluate(train_nll: float) -> tuple[float, dict]:
+        """(number by which the epoch is chosen, entry of the history). Without validation rows the last epoch wins."""
+        entry = {"train_perplexity": math.exp(train_nll)}
+        if len(data.validation) == 0:
             return -run.step, entry
-        wanted = details and config.report_every and run.step % (config.report_every * trainer.per_epoch) == 0
-        scores = score_rows(trainer.model, data.encoded, data.validation, trainer.dtype, bool(wanted))
-        entry |= {"validation_perplexity": scores.perplexity()} | ({"details": details(scores)} if wanted else {})
+        scores = score_rows(trainer.model, data.encoded, data.validation, trainer.dtype)
+        entry["validation_perplexity"] = scores.perplexity()
         return float(np.log(scores.perplexity()).mean()), entry
 
     with Run(trainer, resume_file, resume) as run:
         for step in range(run.step, trainer.steps + 1):
-            if run.due(step):               # evaluate and keep the best
-                run.keep(evaluate)
-            if run.stop():                  # complete, or Ctrl-C
+            if run.due(step):                   # the end of an epoch
+                run.save_best(evaluate)
+            if run.stop():                      # the end of training, or Ctrl-C
                 break
-            run.count(*trainer.step(step))  # one step, one log line
+            nll, targets = trainer.step(step)
+            run.count(nll, targets)             # progress, log line, resume state
     return run
 
 
 # ------------------------------------------------------------------------------------------------------- ELMo
 class ELMo:
-    """A trained biLM: text in, three layers of vectors or perplexities out.
+    """A trained biLM: texts in, the three layers' vectors or perplexities out.
 
         elmo = ELMo.load("models/bilstm.pt")
         elmo.embed(["Oil prices fall."])[0]         # (3, 4, D): layer 0 is [x ; x], layers 1 and 2 [forward ; backward]
     """
 
     def __init__(self, config: Config, words: Vocabulary, model: BiLM, history=(), metrics=None, digest=None):
-        self.config, self.words, self.model, self.digest = config, words, model.eval().requires_grad_(False), digest
-        self.history, self.metrics = list(history), metrics or {}
+        self.config = config
+        self.words = words
+        self.model = model.eval().requires_grad_(False)
+        self.history = list(history)
+        self.metrics = metrics or {}
+        self.digest = digest                    # of the file; None if it was not saved yet
 
     @classmethod
     def load(cls, path: str | Path, device: str = "cpu") -> "ELMo":
-        """The biLM of a file that `save` or ELMO.py wrote; InputError when it is missing, damaged or does not fit."""
+        """The biLM of a file made by `save` or ELMO.py; InputError if the file is missing, damaged or does not fit."""
         content = read_published(path, FORMAT, {"config", "words", "history", "metrics"})
         with fitting(path):
-            return cls.restored(content["config"], content["words"], content["weights"], device,
-                                content["history"], content["metrics"], content["digest"])
+            elmo = cls.from_parts(content["config"], content["words"], content["weights"], device)
+        elmo.history = content["history"]
+        elmo.metrics = content["metrics"]
+        elmo.digest = content["digest"]
+        return elmo
 
     @classmethod
-    def restored(cls, knobs: dict, words: list[str], weights: dict[str, Tensor], device: str, *about) -> "ELMo":
-        """The biLM of a file's parts; what torch and Python raise where they do not fit."""
-        config, vocabulary = Config(**knobs), Vocabulary(words)
+    def from_parts(cls, options: dict, words: list[str], weights: dict[str, Tensor], device: str = "cpu") -> "ELMo":
+        """The biLM made of a file's parts; ValueError or RuntimeError if they do not fit."""
         if words[:len(SPECIAL)] != SPECIAL or len(words) != len(weights["table"]):
             raise ValueError("the vocabulary does not fit the weights")
-        with torch.device("meta"):          # no memory is taken for shapes that a file only claims to have
+        config = Config(**options)
+        with torch.device("meta"):              # takes no memory for the sizes that a file claims
             model = BiLM(config, len(words))
         model.load_state_dict({name: value.float() for name, value in weights.items()}, assign=True)
-        return cls(config, vocabulary, model.to(device), *about)
+        return cls(config, Vocabulary(words), model.to(device))
 
     @classmethod
     def train(cls, texts: Sequence[str], config: Config | None = None, device: str | None = None) -> "ELMo":
-        """The script's training on any texts; of 10 and more, a tenth (at most `validation`) chooses the epoch."""
-        texts, config = check_texts(texts), config or Config()
+        """Trains a biLM on any texts, as the script does. A tenth of them, at most `validation`, chooses the epoch."""
+        texts = check_texts(texts)
+        config = config or Config()
         if not texts:
             raise InputError("there is no text to train on; expected a list of strings")
-        kept = min(config.validation, len(texts) // 10)
-        parts = split(len(texts), kept, config.seed) if kept else (np.arange(len(texts)), np.arange(0))
-        trainer = Trainer(config, Data.of(texts, config, *parts), torch.device(device or default_device()))
-        return cls.rounded(trainer, train(trainer))
+        validation = min(config.validation, len(texts) // 10)
+        rows = split(len(texts), validation, config.seed) if validation else (np.arange(len(texts)), np.arange(0))
+        trainer = Trainer(config, Data.of(texts, config, *rows), torch.device(device or default_device()))
+        return cls.from_run(train(trainer))
 
     @classmethod
-    def rounded(cls, trainer: Trainer, run: Run) -> "ELMo":
-        """The model with its weights in half precision, as the file will hold them: the one that is measured."""
+    def from_run(cls, run: Run) -> "ELMo":
+        """The best weights of a run, rounded to half precision as in the file, so that these are what is measured."""
+        trainer = run.trainer
         best = run.best or trainer.model.state_dict()
         trainer.model.load_state_dict({name: value.half().float() for name, value in best.items()})
         return cls(trainer.config, trainer.data.words, trainer.model, run.history)
 
     def save(self, path: str | Path) -> None:
-        """Tensors in half precision and plain types, written whole or not at all; sets `digest`."""
-        weights = {name: value.cpu().half() for name, value in self.model.state_dict().items()}
+        """Writes tensors in half precision and plain types, the whole file or nothing; sets `digest`."""
         self.digest = write_published(path, {
-            "format": FORMAT, "config": asdict(self.config), "words": self.words.words, "weights": weights,
+            "format": FORMAT, "config": asdict(self.config), "words": self.words.words, "weights": self.weights(),
             "history": self.history, "metrics": self.metrics})
 
+    def weights(self) -> dict[str, Tensor]:
+        """The weights in half precision: {"table": .., "bias": .., "forward.0.weight_ih_l0": .., ..}."""
+        return {name: value.cpu().half() for name, value in self.model.state_dict().items()}
+
     def tokenize(self, text: str) -> list[str]:
-        """["oil", "prices", "fall", "."] of "Oil prices fall."."""
-        return tokenize(text, self.config.lowercase)
+        """["oil", "prices", "fall", "."] for "Oil prices fall."."""
+        return tokenize(text)
 
     def encode(self, texts: Sequence[str]) -> Encoded:
-        """Texts as `score_rows` and `collate` take them."""
-        return Encoded.of(tokenized(check_texts(texts), self.config), self.words, self.config)
+        """Texts as `collate` and `score_rows` take them."""
+        return Encoded.of(tokenize_texts(check_texts(texts)), self.words, self.config.representation)
 
     def embed(self, texts: Sequence[str], precision: str = "fp32") -> list[Tensor]:
-        """One (3, tokens, D) float32 CPU tensor per text, boundaries left out; (3, 0, D) for a text without tokens."""
+        """One (3, tokens, D) float32 CPU tensor per text, without boundary symbols; (3, 0, D) for a text without tokens."""
         return list(self.embed_stream(check_texts(texts), precision))
 
     def embed_stream(self, texts: Iterable[str], precision: str = "fp32", window: int = 512) -> Iterator[Tensor]:
-        """The same one by one, in input order, from any iterable; memory holds `window` texts at a time.
+        """The same tensors one by one, in order, from any iterable; memory holds `window` texts at a time.
 
-        precision: "fp32"; "bf16" is faster where the hardware multiplies it, and is computed in fp32 elsewhere.
+        precision: "fp32", or "bf16", which is faster if the hardware multiplies it and is computed in fp32 otherwise.
         """
-        if precision not in ("fp32", "bf16") or isinstance(texts, str):
-            raise InputError(f"precision {precision!r} of {type(texts).__name__}; expected fp32 or bf16 of a list")
+        if isinstance(texts, str):
+            raise InputError("texts is one string; expected a list of strings, such as [text]")
+        if precision not in ("fp32", "bf16"):
+            raise InputError(f"precision is {precision!r}; expected fp32 or bf16")
         fast = precision == "bf16" and fast_bf16(self.model.table.device)
-        return self._stream(iter(texts), torch.bfloat16 if fast else torch.float32, window)
+        return self.embed_windows(iter(texts), torch.bfloat16 if fast else torch.float32, window)
 
-    def _stream(self, texts: Iterator[str], dtype: torch.dtype, window: int) -> Iterator[Tensor]:
+    def embed_windows(self, texts: Iterator[str], dtype: torch.dtype, window: int) -> Iterator[Tensor]:
+        """Embeds `window` texts at a time, in batches of about equal length."""
+        device = self.model.table.device
+        positions = 1500 if device.type == "cpu" else 6000
         while chunk := list(islice(texts, window)):
             encoded = self.encode(chunk)
-            out, n = [None] * len(chunk), np.diff(encoded.tokens.offsets)
-            def _embed(rows: np.ndarray, encoded=encoded, out=out, n=n) -> None:
-                x = collate(encoded, rows)[0].to(self.model.table.device)
-                with torch.inference_mode():
-                    h = self.model.states(self.model.represent(x, chars=encoded.chars), dtype)
-                    h = torch.stack(h).permute(1, 3, 0, 2, 4).float().cpu()                     # (2, B, 3, T, P)
-                for b, row in enumerate(rows):
-                    forward, backward = h[:, b, :, 1:n[row] + 1]                                # (3, n, P)
-                    out[row] = torch.cat([forward, backward.flip(1)], dim=-1)                   # (3, n, D)
-            on_each_core(_embed, batches(n, 1500 if self.model.table.is_cpu else 6000), self.model.table.device)
-            yield from out
+            vectors = {}
+            parts = batches(encoded.lengths, positions)
+            for rows, of_rows in zip(parts, map_on_cores(partial(self.embed_batch, encoded, dtype), parts, device), strict=True):
+                vectors.update(zip(rows.tolist(), of_rows, strict=True))
+            for row in range(len(chunk)):
+                yield vectors.pop(row)
+
+    @torch.inference_mode()
+    def embed_batch(self, encoded: Encoded, dtype: torch.dtype, rows: np.ndarray) -> list[Tensor]:
+        """One (3, tokens, D) float32 CPU tensor per row."""
+        device = self.model.table.device
+        lengths = encoded.lengths[rows]
+        ids, _ = collate(encoded, rows)
+        with autocast(device, dtype):
+            h = self.model.contextual(ids.to(device), torch.from_numpy(lengths).to(device), encoded.chars)
+        h = h.transpose(1, 2).float().cpu()                                                 # (3, B, T - 1, D)
+        return [h[:, b, :n].clone() for b, n in enumerate(lengths)]
 
     def score(self, texts: Sequence[str]) -> dict:
-        """{"forward": {"nats", "tokens", "perplexity"}, "backward": ..} of all texts, end symbols in, full softmax."""
+        """{"forward": {"nll", "tokens", "perplexity"}, "backward": ..} of all texts by the full softmax.
+
+        nll is summed over the tokens, end symbols included, in nats.
+        """
         encoded = self.encode(texts)
         scores = score_rows(self.model, encoded, np.arange(len(encoded.tokens)))
-        return {name: {"nats": float(scores.nats[d].sum()), "tokens": int(scores.tokens.sum()),
-                       "perplexity": scores.perplexity()[d]} for d, name in enumerate(("forward", "backward"))}
+        tokens = int(scores.tokens.sum())
+        return {name: {"nll": float(scores.nll[d].sum()), "tokens": tokens, "perplexity": scores.perplexity()[d]}
+                for d, name in enumerate(DIRECTIONS)}
+
+
+# ------------------------------------------------------------------------------------------------ publication
+def measure(elmo: ELMo, data: Data) -> tuple[dict, dict]:
+    """(splits, confusion) of pretraining.json: the finished model on training, validation and test rows."""
+    sample = np.random.default_rng([elmo.config.seed, 4]).permutation(data.train)[:MEASURED_TRAINING_ROWS]
+    parts = {"train": (data.encoded, np.sort(sample)), "validation": (data.encoded, data.validation), "test": data.test}
+    fresh = data.fresh()
+    splits = {}
+    for name, (encoded, rows) in parts.items():
+        scores = score_rows(elmo.model, encoded, rows, details=True)
+        splits[name] = scores.metrics()
+        if name in fresh and fresh[name].any():
+            splits[name]["fresh"] = scores.metrics(fresh[name])
+    if len(data.encoded.tokens.ids) <= MAX_COUNTED_TOKENS:
+        flat = {name: encoded.flat(rows) for name, (encoded, rows) in parts.items()}
+        ngram.add_perplexities(splits, data.encoded.flat(data.train), flat, fresh, len(data.words))
+    _, gold, best, _ = scores.words[0]                                          # of the forward model on test rows
+    return splits, word_confusion(gold, best, data.words.words)
+
+
+def publish(run: Run, out: Path, seconds: float) -> None:
+    """Measures a finished run and writes OUT/bilstm.pt, the figures and OUT/pretraining.json.
+
+    pretraining.json: command, config, versions, machine, precision, minutes (from command to file), peak_memory_gb,
+    tokens_per_second (training, both directions), vocabulary, parameters, file_mb, digest (of bilstm.pt),
+    unknown {train, validation, test}: share of <unk> among the tokens,
+    history [{step, epoch, seconds, train_perplexity, validation_perplexity [forward, backward]}],
+    splits.{train, validation, test}: rows, tokens, unigram_perplexity, and for forward and backward nll (per token),
+        perplexity, bits_per_token, accuracy, top5_accuracy, macro_precision, macro_recall, macro_f1 (over gold words),
+        kneser_ney_perplexity (order 4); `fresh` has the same for the rows that are no near copies of training rows,
+    confusion {words, counts}: of the forward model on test rows; rows gold, columns predicted.
+    Every number belongs to the weights in the file, which are in half precision. `train` is a sample of 4,000 rows.
+    """
+    trainer = run.trainer
+    elmo = ELMo.from_run(run)
+    splits, confusion = measure(elmo, trainer.data)
+    elmo.metrics = {name: {d: part[d]["perplexity"] for d in DIRECTIONS} for name, part in splits.items()}
+    elmo.save(out / "bilstm.pt")
+    targets = 2 * int((trainer.lengths + 1).sum()) * trainer.steps / trainer.per_epoch
+    result = {"command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "config": asdict(elmo.config),
+              "versions": versions(), "machine": machine(trainer.device),
+              "precision": str(trainer.dtype).removeprefix("torch."), "minutes": seconds / 60,
+              "peak_memory_gb": peak_memory_gb(), "tokens_per_second": targets / max(run.seconds, 1e-9),
+              "vocabulary": len(elmo.words), "parameters": sum(p.numel() for p in elmo.model.state_dict().values()),
+              "file_mb": (out / "bilstm.pt").stat().st_size / 1e6, "digest": elmo.digest,
+              "unknown": trainer.data.unknown(), "history": elmo.history, "splits": splits, "confusion": confusion}
+    figures.pretraining(result, out)
+    write_json(out / "pretraining.json", result)
+    print(perplexity_table(result))
 
 
 # ------------------------------------------------------------------------------------------------------- main
-def pretrain(config: Config, options) -> int:
-    """The run of the command: AG News or plain text to bilstm.pt, pretraining.json and PNGs; the exit status."""
-    from report import pretraining
-    begin, out, corpus = time.perf_counter(), options.out, options.corpus
+def pretrain(config: Config, out: Path, corpus: str | None, resume: bool) -> int:
+    """The run of the command: AG News or a plain text to OUT. Returns the exit status."""
+    begin = time.perf_counter()
     data = Data.of_ag_news(config, CACHE) if corpus is None else Data.of_plain_text(corpus, config, CACHE)
     trainer = Trainer(config, data, torch.device(default_device()))
-    pretraining.describe(trainer)
-    run = train(trainer, out / "bilstm.resume.pt", options.resume, pretraining.summary)
-    elmo = ELMo.rounded(trainer, run)
-    if trainer.rank == 0 and run.finished:
-        pretraining.publish(elmo, trainer, score_rows, out, time.perf_counter() - begin + run.earlier)
-        run.file.unlink(missing_ok=True)
-    elif trainer.rank == 0 and run.best:
-        elmo.save(out / "bilstm.pt")
-    return 0 if run.finished else 130
+    first = trainer.rank == 0
+    if first:
+        unknown = ", ".join(f"{name} {share:.2%}" for name, share in data.unknown().items())
+        print(f"{len(data.train):,} training, {len(data.validation):,} validation, {len(data.test[1]):,} test rows\n"
+              f"vocabulary {len(data.words):,} words; <unk> {unknown}\n{trainer.steps:,} steps in {trainer.dtype}", flush=True)
+    with folder_lock(out) if first else nullcontext():
+        run = train(trainer, out / "bilstm.resume.pt", resume)
+        if not run.finished:
+            return 130
+        if first:
+            publish(run, out, time.perf_counter() - begin + run.earlier)
+            run.file.unlink(missing_ok=True)
+    return 0
+
+
+def embed_file(source: str, target: str, bilstm: Path, precision: str, dtype: np.dtype) -> int:
+    """Writes the vectors of every line of `source` to the .npz file `target`. Returns the exit status."""
+    check_target(target)
+    lines = read_lines(source)
+    elmo = ELMo.load(bilstm, default_device())
+    offsets = elmo.encode(lines).tokens.offsets
+    layers = elmo.embed_stream(lines, "fp32" if precision == "fp32" else "bf16")
+    texts = (vectors.numpy() for vectors in tqdm(layers, total=len(lines), unit="text"))
+    write_npz(target, offsets, 2 * elmo.config.width, texts, dtype)
+    print(f"{target}: {len(lines):,} texts, {offsets[-1]:,} tokens")
+    return 0
 
 
 @script("ELMO.py")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0, 2 for an input that the user can mend, 130 after Ctrl-C."""
+    """Exit status 0, 2 for an input that the user can fix, 130 after Ctrl-C."""
     config, options = script_arguments(argv, Config, "ELMO.py", __doc__, HERE / "models", {
-        "--corpus": {"metavar": "PATH", "help": "train on the lines of this file, or of a folder's .txt and .gz"},
+        "--corpus": {"metavar": "PATH", "help": "train on the lines of this file, or of a folder's .txt and .gz files"},
         "--embed": {"metavar": "FILE", "help": "write the vectors of this file's lines instead of training"},
-        "--npz": {"metavar": "FILE", "help": "where --embed writes them"},
-        "--float32": {"action": "store_true", "help": "--embed: full precision in the file"}})
+        "--npz": {"metavar": "FILE", "help": "the file that --embed writes"},
+        "--float32": {"action": "store_true", "help": "--embed: full precision, also in the file"}})
     if options.embed is None and options.npz is None:
-        return pretrain(config, options)
-    load = partial(ELMo.load, options.out / "bilstm.pt", default_device())
-    return write_npz(load, options.embed, options.npz, config.precision, options.float32)
+        return pretrain(config, options.out, options.corpus, options.resume)
+    if options.embed is None or options.npz is None:
+        raise InputError("--embed and --npz go together: --embed texts.txt --npz vectors.npz")
+    precision = "fp32" if options.float32 else config.precision
+    dtype = np.dtype(np.float32 if options.float32 else np.float16)
+    return embed_file(options.embed, options.npz, options.out / "bilstm.pt", precision, dtype)
 
 
 if __name__ == "__main__":

@@ -1,699 +1,852 @@
-"""ELMo's layers at work (Peters et al. 2018, section 3.2): a classifier over a frozen biLM, in three layer mixes.
+"""A text classifier on ELMo's layers (Peters et al. 2018, section 3.2), with three ways to mix the layers.
 
-    biLM states h_{k,0}, h_{k,1}, h_{k,2} of word k      (J, 2, T, B, D), from models/bilstm.pt
-    ELMo_k = gamma sum_j s_j h_{k,j},  s = softmax(w)    `trainable`: w and gamma learn; `frozen`: w is drawn, gamma 1
-    ELMo_k = f(h_{k,0}, h_{k,1}, h_{k,2})                `function`: a small network
-    biLSTM over ELMo_1 .. ELMo_n -> maximum and mean over the words -> linear -> classes
+    layers h_{k,0}, h_{k,1}, h_{k,2} of word k, from the frozen biLM in models/bilstm.pt
+    setting `trainable`:  ELMo_k = gamma sum_j s_j h_{k,j}, s = softmax(w); w and gamma learn     (s_j is lambda_j)
+    setting `frozen`:     the same; w is drawn at random and stays, gamma is 1
+    setting `function`:   ELMo_k = f(h_{k,0}, h_{k,1}, h_{k,2}), a small network that learns
+    a biLSTM reads ELMo_1 .. ELMo_n -> [maximum, attention, mean] over the words -> linear layer -> classes
 
-The biLM runs once per batch for all settings and seeds, whose heads train side by side. B rows of a batch, T words of
-the longest, J layers, D their width, S seeds, I width of the mix, H cells of a head's LSTM, C classes.
+The biLM runs once per batch for all heads; a head is one classifier of one setting and one seed. Heads train side by
+side and do not influence each other.
+
+Shapes: B texts of a batch, T words of the longest, J layers, D width of a layer, H cells of a head's LSTM, C classes,
+N rows that are classified (B, or B / 2 if a row is a pair of texts).
 
     python classification.py                    AG News in three settings: models/classifier.pt, classification.json
-    python classification.py --finetune         the biLM learns too: models/finetuned.pt; --ngrams adds a linear model
-    python classification.py --task sst5        or sst2, nli; --adapt 2 trains the biLM on the task's text first
-    python classification.py --predict "text"   label and probabilities; --predict - takes the lines of standard input
+    python classification.py --finetune         the biLM learns too: models/finetuned.pt
+    python classification.py --task sst5        or sst2, nli; --adapt 2 first trains the biLM on the task's texts
+    python classification.py --predict "text"   label and probabilities; --predict - reads lines from standard input
 """
 import copy
 import hashlib
+import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 import ELMO
-from data.files import InputError, fitting, print_predictions, read_published, write_published
-from data.knobs import check_knobs, knob, script, script_arguments
-from data.machine import compute_dtype, default_device, on_each_core
-from data.ngrams import Ngrams
-from data.prepare import CACHE, Part, Task, check_rows, read_task, split, static_vectors
-from data.progress import Run, rate
-from data.text import Data, Encoded, Texts, Vocabulary, batches, tokenized
-from ELMO import ELMo, Layer, RowAdam, collate
+from data.ag_news import CACHE, split
+from data.batches import batches, collate
+from data.tasks import EncodedTexts, Part, Task, check_rows, read_task
+from data.text import Data, Encoded, Vocabulary, tokenize_texts
+from ELMO import BiLM, ELMo, ScalarMix, clip_gradients, reverse_within_lengths
+from run import figures
+from run.checkpoint import fitting, read_published, write_published
+from run.files import InputError, folder_lock, read_lines, write_json
+from run.machine import (
+    Workers,
+    autocast,
+    compute_dtype,
+    default_device,
+    machine,
+    map_on_cores,
+    peak_memory_gb,
+    torch_threads,
+    versions,
+)
+from run.metrics import over_seeds
+from run.options import check_options, option, script, script_arguments
+from run.progress import Run, learning_rate_share
 
 HERE = Path(__file__).resolve().parent
-FORMAT = "elmo-classifier-1"
+FORMAT = "elmo-classifier-2"            # of classifier.pt; raised when the meaning of the file changes
 SETTINGS = ("trainable", "frozen", "function")
+WARMUP = 0.03                           # share of the steps in which the learning rate rises
+EVALUATIONS = 2                         # on the validation rows, per pass over the training rows
+AVERAGE_EVERY = 10                      # steps between updates of the averaged weights
+LAYER_DECAY = 2.6                       # fine-tuning: each layer learns this much slower than the one above
+MEASURED_TRAINING_ROWS = 10_000
 
 
-# ------------------------------------------------------------------------------------------------------ knobs
+# ---------------------------------------------------------------------------------------------------- options
 @dataclass(frozen=True)
 class Config:
-    """Every knob of classification; the published table is the defaults with --seeds 3. InputError out of range."""
-    task: str = knob("ag_news", "what to classify", ("ag_news", "sst2", "sst5", "nli"))
-    setting: str = knob("all", "how the layers are mixed", ("all", *SETTINGS))
-    vectors: str = knob("elmo", "what a word is to the head: the biLM's layers, or a baseline",
-                        ("elmo", "layer0", "layer2", "average", "untrained", "word2vec", "svd"))
-    fields: str = knob("description", "columns of AG News that are read", ("description", "title+description"))
-    seeds: int = knob(1, "heads per setting, of the seeds from `seed` on", least=1, most=100)
-    finetune: bool = knob(False, "the biLM learns too, each seed its own copy")
-    ngrams: bool = knob(False, "also a linear model of words and word pairs, its share chosen on validation rows")
-    ensemble: bool = knob(False, "also save all seeds' classifiers as one, whose probabilities are their mean")
-    adapt: float = knob(0.0, "passes of the biLM over the task's text first, its vocabulary grown by it", most=1000)
-    adapt_lr: float = knob(2e-3, "highest learning rate of that, of the LSTMs and the table", most=10)
-    phrases: bool = knob(True, "sst: train on every phrase of a tree, not on whole sentences alone")
-    hidden: int = knob(128, "H: cells of the head's LSTM, per direction", least=1, most=8192)
-    dropout: float = knob(0.2, "share of units left out of the mix and of the pooled text", most=0.95)
-    smoothing: float = knob(0.05, "label smoothing: share of the target spread over all classes", most=0.99)
-    rows: int = knob(0, "labelled training rows, drawn by the seed; 0 takes all")
-    validation: int = knob(2000, "nli: training rows kept apart; ag_news keeps apart those of the biLM")
-    epochs: float = knob(2.0, "passes over the training rows", most=100_000)
-    batch_tokens: int = knob(3000, "positions (rows x T) of a batch", least=1)
-    lr: float = knob(4e-3, "highest learning rate of the head (AdamW)", most=10)
-    mix_lr: float = knob(2e-2, "highest learning rate of w and gamma", most=10)
-    bilm_lr: float = knob(4e-3, "finetune: that of the biLM's top layer; each layer below has 1 / 2.6 of it", most=10)
-    bilm_dropout: float = knob(0.1, "finetune: share of units left out of x, h_1 and h_2", most=0.95)
-    unfreeze: float = knob(0.05, "finetune: share of the steps between unfreezing layer 2, 1 and 0", most=0.5)
-    warmup: float = knob(0.03, "share of the steps in which the rate rises; then it falls as a cosine", most=1)
-    weight_decay: float = knob(0.01, "AdamW's, of the head", most=10)
-    ema: float = knob(0.99, "decay, every 10 steps, of the average of the weights that is evaluated", most=0.99999)
-    clip: float = knob(1.0, "largest gradient norm of a head, and of the biLM", least=1e-9)
-    precision: str = knob("auto", "of matrix products; auto: bf16 where it is fast", ("auto", "fp32", "bf16"))
-    seed: int = knob(0, "of weights, batches and dropout", most=2**31)
-    evaluations: int = knob(2, "evaluations on the validation rows per pass", least=1)
-    log_every: int = knob(100, "steps between log lines", least=1)
-    save_every: float = knob(300.0, "seconds between resume states")
-    track: str = knob("none", "curves to a tracker too, in --out", ("none", "tensorboard", "wandb"))
+    """Every option of classification. The published table is the defaults with --seeds 3."""
+    task: str = option("ag_news", "what to classify", choices=("ag_news", "sst2", "sst5", "nli"))
+    setting: str = option("all", "how the layers are mixed", choices=("all", *SETTINGS))
+    fields: str = option("description", "columns of AG News to read", choices=("description", "title+description"))
+    seeds: int = option(1, "heads per setting, with the seeds from `seed` on", min=1, max=100)
+    finetune: bool = option(False, "the biLM learns too, a copy of it for each seed")
+    adapt: float = option(0.0, "passes of the biLM over the task's texts first, with its vocabulary grown by them", max=1000)
+    adapt_lr: float = option(2e-3, "highest learning rate of these passes", max=10)
+    phrases: bool = option(True, "sst: train on every phrase of a tree, not only on whole sentences")
+    hidden: int = option(128, "H: cells of the head's LSTM, per direction", min=1, max=8192)
+    dropout: float = option(0.2, "share of units dropped from the mix and from the pooled text", max=0.95)
+    smoothing: float = option(0.05, "label smoothing: share of the target spread over all classes", max=0.99)
+    rows: int = option(0, "labelled training rows, drawn by the seed; 0: all")
+    validation: int = option(2000, "nli: training rows that are not trained on; ag_news takes those of the biLM")
+    epochs: float = option(2.0, "passes over the training rows", max=100_000)
+    batch_tokens: int = option(3000, "positions (B x T) of a batch", min=1)
+    lr: float = option(4e-3, "highest learning rate of the head", max=10)
+    mix_lr: float = option(2e-2, "highest learning rate of w and gamma", max=10)
+    bilm_lr: float = option(4e-3, "finetune: highest learning rate of the biLM's top layer", max=10)
+    bilm_dropout: float = option(0.1, "finetune: share of units dropped from x, h_1 and h_2", max=0.95)
+    unfreeze: float = option(0.05, "finetune: share of the steps between unfreezing layers 2, 1 and 0", max=0.5)
+    weight_decay: float = option(0.01, "AdamW's weight decay, of the head", max=10)
+    ema: float = option(0.99, "decay of the moving average of the weights, which is what is evaluated", max=0.99999)
+    clip: float = option(1.0, "largest gradient norm of a head, and of the biLM", min=1e-9)
+    precision: str = option("auto", "of matrix products; auto: bf16 if it is fast", choices=("auto", "fp32", "bf16"))
+    seed: int = option(0, "of weights, batches and dropout", max=2**31)
+    log_every: int = option(100, "steps between log lines", min=1)
+    save_every: float = option(300.0, "seconds between resume states")
+    track: str = option("none", "curves to a tracker too, in --out", choices=("none", "tensorboard", "wandb"))
 
     def __post_init__(self):
-        check_knobs(self)
-        if self.finetune and self.vectors not in ("elmo", "untrained"):
-            raise InputError(f"finetune moves a biLM; vectors {self.vectors} has none")
-        if (self.ensemble or self.adapt) and self.vectors != "elmo":
-            raise InputError(f"ensemble and adapt are for the vectors elmo, not {self.vectors}")
+        check_options(self)
         if "title" in self.fields and self.task != "ag_news":
             raise InputError(f"fields is {self.fields}, but the rows of {self.task} have no titles")
 
     @property
     def settings(self) -> tuple[str, ...]:
-        """What is trained: without several layers there is nothing to mix; a fine-tuned biLM has one mix by default."""
+        """The settings to train: all three, but with a biLM that learns only `trainable`."""
         if self.setting != "all":
             return (self.setting,)
-        return SETTINGS if self.vectors == "elmo" and not self.finetune else ("trainable",)
+        return ("trainable",) if self.finetune else SETTINGS
 
     @property
     def pair(self) -> bool:
-        """Whether a row is two texts that are read apart."""
+        """Whether a row is a pair of texts that are read apart, as premise and hypothesis are."""
         return self.task == "nli"
 
     @property
     def two_texts(self) -> bool:
-        """Whether `predict` takes pairs."""
+        """Whether a row has two texts: a pair, or title and description, which are joined."""
         return self.pair or "title" in self.fields
 
     @property
     def stem(self) -> str:
-        """First word of the names of the run's files; "" for the bare command's."""
-        names = [self.task if self.task != "ag_news" else "titled" if "title" in self.fields else "",
-                 self.vectors if self.vectors != "elmo" else "",
-                 "adapted" if self.adapt and self.task == "ag_news" else "",
-                 "finetuned" if self.finetune and "title" not in self.fields else ""]
-        return "_".join(filter(None, names))
+        """Name of the run's files: "classifier", "finetuned", "titled", "sst5", .."""
+        if self.task != "ag_news":
+            return self.task + "_finetuned" * self.finetune
+        if "title" in self.fields:
+            return "titled"
+        names = ["adapted"] * (self.adapt > 0) + ["finetuned"] * self.finetune
+        return "_".join(names) or "classifier"
 
 
 # -------------------------------------------------------------------------------------------------- layer mix
-class Linears(nn.Module):
-    """S linear maps side by side: (S, N, in) -> (S, N, out)."""
-
-    def __init__(self, width: int, out: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(1, out, width).uniform_(-1, 1) / math.sqrt(width))
-        self.bias = nn.Parameter(torch.zeros(1, 1, out))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.baddbmm(self.bias.to(x.dtype), x, self.weight.to(x.dtype).transpose(1, 2))
-
-
-class ScalarMix(nn.Module):
-    """ELMo_k = gamma sum_j s_j h_{k,j} with s = softmax(w), equation 1 of the paper; S seeds at once.
-
-    s_j is what the assignment calls lambda. `frozen`: w is drawn from a normal distribution and never moves, gamma 1.
-    """
-
-    def __init__(self, J: int, frozen: bool):
-        super().__init__()
-        w = torch.randn(1, J).half().float() if frozen else torch.zeros(1, J)       # as the file will hold it
-        self.w = nn.Parameter(w, requires_grad=not frozen)
-        self.gamma = nn.Parameter(torch.ones(1, 1), requires_grad=not frozen)
-
-    def s(self) -> Tensor:
-        """(S, J) layer weights, each row of sum 1."""
-        return self.w.softmax(dim=1)
-
-    def forward(self, h: Tensor) -> Tensor:             # (J, 2, T, B, D) -> (S, 2, T, B, D)
-        weights = (self.gamma * self.s()).to(h.dtype)   # (S, J)
-        return (weights @ h.flatten(1)).unflatten(1, h.shape[1:])
-
-
 class LayerFunction(nn.Module):
-    """f(h_0, h_1, h_2) = relu(W [h_0; h_1; h_2] + b), learned: each unit of the mix weighs the layers its own way."""
+    """f(h_0, h_1, h_2) = relu(W [h_0; h_1; h_2] + b): every unit of the mix weighs the layers in its own way."""
 
-    def __init__(self, J: int, D: int, width: int):
+    def __init__(self, layers: int, width: int, out: int):
         super().__init__()
-        self.map = Linears(J * D, width)
+        self.linear = nn.Linear(layers * width, out)
 
-    def forward(self, h: Tensor) -> Tensor:             # (J, 2, T, B, D) -> (S, 2, T, B, I)
-        flat = h.permute(1, 2, 3, 0, 4).flatten(3).flatten(0, 2)          # (2 T B, J D), one for all seeds
-        out = F.linear(flat, self.map.weight.to(h.dtype).flatten(0, 1), self.map.bias.to(h.dtype).flatten()).relu()
-        return out.unflatten(1, self.map.weight.shape[:2]).transpose(0, 1).unflatten(1, h.shape[1:4])
+    def forward(self, layers: Tensor) -> Tensor:
+        return self.linear(torch.cat(layers.unbind(), dim=-1)).relu()       # (J, T, B, D) -> (T, B, out)
 
 
-# ------------------------------------------------------------------------------------------------- classifier
+class ELMoVectors:
+    """Word vectors for a head: all layers of a biLM, (J, T, B, D) with J = 3 and D = 2P.
+
+    report/baselines.py has other kinds of word vectors with the same attributes and the same call.
+    """
+    layers = ELMO.LAYERS + 1
+
+    def __init__(self, model: BiLM):
+        self.model = model
+        self.width = 2 * model.config.width
+        self.device = model.table.device
+
+    def __call__(self, encoded: Encoded, rows: np.ndarray, dtype: torch.dtype, map: Callable = map) -> Tensor:
+        """Vectors of some rows; `map` runs the two directions, one after the other or side by side."""
+        @torch.no_grad()
+        def states(d: int) -> list[Tensor]:
+            with autocast(self.device, dtype):                              # holds for one thread, like no_grad
+                return self.model.states(d, x[d])
+        ids, _ = collate(encoded, rows)
+        lengths = torch.from_numpy(encoded.lengths[rows]).to(self.device)
+        with torch.no_grad():
+            x = self.model.represent(ids.to(self.device), encoded.chars)
+            forward, backward = map(states, range(2))
+            return self.model.join(forward, backward, lengths)
+
+
+# ------------------------------------------------------------------------------------------------------- head
 class Head(nn.Module):
-    """Layer mix -> biLSTM -> pooled text (or pair of texts) -> classes, for S seeds side by side.
+    """Layer mix -> biLSTM -> pooled text -> classes, for one setting.
 
-    Every parameter's first dimension is S or 2 S (both directions), so that one batched product serves all seeds, none
-    of which touches another's numbers. A pair's sides meet in soft alignments before they are pooled (Parikh et al.
-    2016; Chen et al. 2017), then as [u; v; |u - v|; u * v] (Conneau et al. 2017).
+    For a pair of texts, each side attends to the other before pooling (Parikh et al. 2016, Chen et al. 2017), and the
+    two pooled sides u and v are compared as [u; v; |u - v|; u * v] (Conneau et al. 2017).
     """
 
-    def __init__(self, config: Config, setting: str, J: int, D: int, classes: int):
+    def __init__(self, config: Config, setting: str, layers: int, width: int, classes: int):
         super().__init__()
-        self.config, self.pair, H = config, config.pair, config.hidden
-        width = 2 * H if setting == "function" else D
-        self.mix = LayerFunction(J, D, width) if setting == "function" else ScalarMix(J, setting == "frozen")
-        self.lstm = Layer(width, H, H)
-        if self.pair:
-            self.compare = Linears(4 * H, H)
-            self.match = Linears(4 * 6 * H, 2 * H)
-        self.attend = Linears(H, 1)
-        self.out = Linears(2 * H if self.pair else 6 * H, classes)
+        H = config.hidden
+        self.config = config
+        self.width = 2 * H if setting == "function" else width              # of the mix
+        self.mix = LayerFunction(layers, width, 2 * H) if setting == "function" else ScalarMix(layers)
+        self.mix.requires_grad_(setting != "frozen")
+        self.forward_lstm = nn.LSTM(self.width, H)
+        self.backward_lstm = nn.LSTM(self.width, H)
+        for lstm in (self.forward_lstm, self.backward_lstm):
+            lstm.bias_hh_l0.requires_grad_(False)                           # two biases would learn at twice the rate
+        self.attention = nn.Linear(H, 1)
+        self.text_width = 6 * H                                             # of a pooled text
+        if config.pair:
+            self.compare = nn.Linear(4 * H, H)
+            self.match = nn.Linear(4 * 6 * H, 2 * H)
+            self.text_width = 2 * H
+        self.out = nn.Linear(self.text_width, classes)
 
-    @classmethod
-    def of_seeds(cls, seeds: Sequence[int], *shape) -> "Head":
-        """The heads of these seeds, each with the weights that it has alone."""
-        heads = []
-        for seed in seeds:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                heads.append(cls(*shape))
-        for parts in zip(*(head.parameters() for head in heads), strict=True):
-            parts[0].data = torch.cat([part.data for part in parts])
-        return heads[0]
+    @torch.no_grad()
+    def initialize(self, seed: int) -> "Head":
+        """Random weights that depend on the seed alone; returns self.
 
-    S = property(lambda self: len(self.out.weight))     # seeds
-
-    def forward(self, h: Tensor, n: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """(S, N, C) logits of layer states h (J, 2, T, B, D) of rows with n (B,) words; N = B, of pairs B / 2.
-
-        With a generator, units of the mix (the same at every word) and of the text are dropped.
+        What has the same shape in every setting is drawn first, so that heads of one seed share it.
         """
-        x = self.mix(h)                                                         # (S, 2, T, B, I)
-        x = dropout(x, (self.S, 1, 1, *x.shape[3:]), self.config.dropout, generator)
-        h = self.lstm(x.flatten(0, 1)).transpose(1, 2)                          # (2 S, B, T, H)
-        inside = torch.arange(h.shape[2], device=h.device) < n[:, None]         # (B, T)
-        text = self.pool(h, inside) if not self.pair else self.pool_pair(h, inside)
-        return self.out(dropout(text, text.shape, self.config.dropout, generator)).float()
+        generator = torch.Generator().manual_seed(seed)
+        H = self.config.hidden
+        shared = [name for name, _ in self.named_parameters() if "mix" not in name and "weight_ih" not in name]
+        own = [name for name, _ in self.named_parameters() if name not in shared]
+        for name in shared + own:
+            weight = self.get_parameter(name)
+            if weight.dim() == 2:
+                bound = weight.shape[1] ** -0.5
+                weight.uniform_(-bound, bound, generator=generator)
+            elif "bias" in name:
+                weight.zero_()
+        for lstm in (self.forward_lstm, self.backward_lstm):
+            lstm.bias_ih_l0[H:2 * H] = 1                                    # remember at first
+        if isinstance(self.mix, ScalarMix) and not self.mix.w.requires_grad:
+            self.mix.w.normal_(generator=torch.Generator().manual_seed(seed))
+            self.mix.w.copy_(self.mix.w.half())                             # as the file holds it
+        return self
 
-    def pool_pair(self, h: Tensor, inside: Tensor) -> Tensor:
-        """(S, N, 2H) of a pair's sides, the first and the second half of the rows, each seen in the other's light."""
-        (a, b), (at_a, at_b) = h.chunk(2, dim=1), inside.chunk(2)               # (2 S, N, T, H), (N, T)
-        match = a @ b.transpose(2, 3) / math.sqrt(a.shape[-1])                  # (2 S, N, T, T)
-        sides = []
-        for own, other, scores, mine, theirs in ((a, b, match, at_a, at_b), (b, a, match.transpose(2, 3), at_b, at_a)):
-            scores = scores.float().masked_fill(~theirs[:, None], -1e9).softmax(dim=-1)
-            found = scores.masked_fill(~theirs[:, None], 0).to(own.dtype) @ other   # nothing of a side without words
-            both = torch.cat([own, found, (own - found).abs(), own * found], dim=-1)        # (2 S, N, T, 4H)
-            both = both.unflatten(0, (self.S, 2))
-            compared = self.compare(both.flatten(1, 3)).relu().view_as(both[..., :own.shape[-1]])
-            sides.append(self.pool(compared.flatten(0, 1), mine))
-        u, v = sides
-        return self.match(torch.cat([u, v, (u - v).abs(), u * v], dim=-1)).relu()
+    def dropout_masks(self, B: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Masks of the pooled text (N, ..) and of the mix (1, B, width), the same for all words of a text.
+
+        The mask of the text is drawn first, since it has the same shape in all settings.
+        """
+        p = self.config.dropout
+        N = B // 2 if self.config.pair else B
+        device = self.out.weight.device
+        text = torch.empty(N, self.text_width).bernoulli_(1 - p, generator=generator).div_(1 - p)
+        mix = torch.empty(1, B, self.width).bernoulli_(1 - p, generator=generator).div_(1 - p)
+        return text.to(device), mix.to(device)
+
+    def forward(self, layers: Tensor, lengths: Tensor, masks: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """(N, C) float32 logits of word vectors `layers` (J, T, B, D) of texts with `lengths` (B,) words.
+
+        For pairs, the first half of the texts are the first sides. masks: from `dropout_masks`, for training.
+        """
+        x = self.mix(layers)                                                # (T, B, width)
+        if masks is not None:
+            x = x * masks[1].to(x.dtype)
+        h = self.read(x, lengths)                                           # (2, T, B, H)
+        inside = torch.arange(len(x), device=x.device)[:, None] < lengths   # (T, B)
+        text = self.pool_pair(h, inside) if self.config.pair else self.pool(h, inside)
+        if masks is not None:
+            text = text * masks[0].to(text.dtype)
+        return self.out(text).float()
+
+    def read(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """(2, T, B, H) states of both directions in reading order, from x (T, B, width).
+
+        Two LSTMs, the second over the words in reverse order: a bidirectional nn.LSTM would read the padding first.
+        """
+        forward, _ = self.forward_lstm(x)
+        backward, _ = self.backward_lstm(reverse_within_lengths(x, lengths))
+        return torch.stack([forward, reverse_within_lengths(backward, lengths)])
 
     def pool(self, h: Tensor, inside: Tensor) -> Tensor:
-        """(S, B, 6H): maximum, attention-weighted sum and mean of a row's words, both directions; 0 without words."""
-        outside, count = (~inside)[..., None], inside.sum(dim=1, keepdim=True)              # (B, T, 1), (B, 1)
-        scores = self.attend(h.unflatten(0, (self.S, 2)).flatten(1, 3)).view(h.shape[:3])   # (2 S, B, T)
-        share = scores.float().masked_fill(~inside, -1e9).softmax(dim=2).to(h.dtype)
-        parts = [h.masked_fill(outside, -torch.inf).amax(dim=2), (h * share[..., None]).sum(dim=2),
-                 h.masked_fill(outside, 0).sum(dim=2) / count.clamp(min=1)]                 # (2 S, B, H) each
-        text = torch.cat(parts, dim=-1).masked_fill(count == 0, 0)
-        return text.unflatten(0, (self.S, 2)).transpose(1, 2).flatten(2)
+        """(B, 6H): per direction the maximum, attention-weighted sum and mean over the words; 0 for an empty text.
 
-    def clip(self, most: float) -> None:
-        """Scales each seed's gradient to a norm of at most `most`."""
-        grads = [p.grad.unflatten(0, (self.S, -1)).flatten(1) for p in self.parameters() if p.grad is not None]
-        norm = sum(grad.square().sum(dim=1) for grad in grads).sqrt()                       # (S,)
-        for grad in grads:
-            grad.mul_((most / norm.clamp(min=1e-12)).clamp(max=1)[:, None])
+        h (2, T, B, H); inside (T, B) is True for words and False for padding.
+        """
+        outside = ~inside[:, :, None]                                       # (T, B, 1)
+        count = inside.sum(dim=0)[:, None]                                  # (B, 1)
+        maximum = h.masked_fill(outside, -torch.inf).amax(dim=1)            # (2, B, H)
+        scores = self.attention(h).float().masked_fill(outside, -1e9)       # (2, T, B, 1)
+        attention = (h * scores.softmax(dim=1).to(h.dtype)).sum(dim=1)      # (2, B, H)
+        mean = h.masked_fill(outside, 0).sum(dim=1) / count.clamp(min=1)    # (2, B, H)
+        text = torch.cat([maximum, attention, mean], dim=-1)                # (2, B, 3H)
+        return text.masked_fill(count == 0, 0).transpose(0, 1).flatten(1)
 
-    def alone(self, s: int) -> "Head":
-        """A copy of one seed's head."""
-        head, S = copy.deepcopy(self), self.S
-        for parameter in head.parameters():
-            parameter.data = parameter.data.chunk(S)[s].clone()
-        return head
+    def pool_pair(self, h: Tensor, inside: Tensor) -> Tensor:
+        """(N, 2H) of the pairs; h (2, T, 2N, H) holds the first sides of all pairs, then the second ones."""
+        a, b = h.chunk(2, dim=2)                                            # (2, T, N, H)
+        inside_a, inside_b = inside.chunk(2, dim=1)                         # (T, N)
+        u = self.pool(self.compare_with(a, b, inside_b), inside_a)          # (N, 6H)
+        v = self.pool(self.compare_with(b, a, inside_a), inside_b)
+        return self.match(torch.cat([u, v, (u - v).abs(), u * v], dim=-1)).relu()
 
-
-def dropout(x: Tensor, shape: tuple[int, ...], p: float, generator: torch.Generator | None) -> Tensor:
-    """x with a share p left out, the same along the dimensions where `shape` is 1; x itself without a generator."""
-    if generator is None or p == 0:
-        return x
-    return x * torch.empty(shape, dtype=x.dtype).bernoulli_(1 - p, generator=generator).div_(1 - p).to(x.device)
-
-
-# ---------------------------------------------------------------------------------------------------- vectors
-def both_orders(h: Tensor, n: Tensor) -> Tensor:
-    """(J, 2, T, B, 2P) for the head's two directions from the biLM's streams h (J, 2, T, B, P), n words in each row.
-
-    Stream 1 is the backward model's, whose time runs from the row's end: in reading order its states are turned
-    round, for the head's backward direction the forward model's are.
-    """
-    t = torch.arange(h.shape[2], device=h.device)[:, None]                      # (T, 1)
-    turned = torch.where(t < n, n - 1 - t, t)[None, :, :, None].expand(len(h), -1, -1, h.shape[-1])
-    forward, backward = h[:, 0], h[:, 1]
-    return torch.stack([torch.cat([forward, backward.gather(1, turned)], dim=-1),
-                        torch.cat([forward.gather(1, turned), backward], dim=-1)], dim=1)
-
-
-class Vectors:
-    """What a head reads of a word, by --vectors: states of a biLM's layers, or rows of a table."""
-
-    def __init__(self, kind: str, model: ELMO.BiLM, table: Tensor | None = None):
-        self.kind, self.model, self.table = kind, model, table
-        self.J = 3 if kind in ("elmo", "untrained") else 1
-        self.D = table.shape[1] if table is not None else model.config.output * (1 if kind == "layer0" else 2)
-
-    def __call__(self, texts: Texts, rows: np.ndarray, dtype: torch.dtype, masks=(None,) * 3,
-                 represent=None) -> tuple[Tensor, Tensor]:
-        """Layer states (J, 2, T, B, D) and words (B,) of some rows; `represent` gives x of the ids where x learns."""
-        rows = np.concatenate([rows, rows + len(texts.lengths)]) if texts.pair else rows
-        encoded = texts.encoded if self.table is None else replace(texts.encoded, chars=None)   # a table is by word
-        x, _ = collate(encoded, rows)
-        n, device = torch.from_numpy(texts.words[rows]).to(self.model.table.device), self.model.table.device
-        first = min(1, len(x[0]) - 1)           # <s> is left out; a batch without any word keeps it, masked
-        if self.table is not None:
-            return F.embedding(x[:, first:].to(device), self.table)[None].to(dtype), n
-        x = represent(x) if represent else self.model.represent(x.to(device), chars=texts.encoded.chars)
-        if self.kind == "layer0":
-            return x[None, :, first:].to(dtype), n
-        h = both_orders(torch.stack(self.model.states(x, dtype, masks))[:, :, first:], n)
-        return h[2:] if self.kind == "layer2" else h.mean(dim=0, keepdim=True) if self.kind == "average" else h, n
-
-
-# ---------------------------------------------------------------------------------------------------- metrics
-def metrics(p: np.ndarray, gold: np.ndarray, labels: Sequence[str]) -> dict:
-    """Accuracy, macro and per-class precision, recall and F1, and more, of probabilities p (N, C).
-
-    confusion: counts, rows gold, columns predicted; nats: mean cross-entropy; calibration_error: mean difference of
-    confidence and accuracy over 15 equal bins (Guo et al. 2017). A class that is never predicted has precision 0.
-    """
-    found, every = p.argmax(axis=1), np.arange(len(labels))
-    parts = np.array(precision_recall_fscore_support(gold, found, labels=every, zero_division=0))       # (4, C)
-    confidence, hit = p.max(axis=1), found == gold
-    bins = np.minimum((confidence * 15).astype(int), 14)
-    gaps = np.bincount(bins, weights=confidence - hit, minlength=15)
-    nats = -np.log(np.maximum(p[np.arange(len(gold)), gold], 1e-12))
-    return {"rows": len(gold), "accuracy": float(hit.mean()), "nats": float(nats.mean()),
-            "calibration_error": float(np.abs(gaps).sum() / len(gold)),
-            **{f"macro_{name}": float(parts[i].mean()) for i, name in enumerate(("precision", "recall", "f1"))},
-            "classes": {label: dict(zip(("precision", "recall", "f1", "rows"), parts[:, c].tolist(), strict=True))
-                        for c, label in enumerate(labels)},
-            "confusion": confusion_matrix(gold, found, labels=every).tolist()}
+    def compare_with(self, own: Tensor, other: Tensor, inside: Tensor) -> Tensor:
+        """(2, T, N, H): every state of `own` compared with what it finds in `other` by dot-product attention."""
+        scores = torch.einsum("dtnh,dsnh->dnts", own, other) / math.sqrt(own.shape[-1])     # (2, N, T, T)
+        outside = ~inside.t()[:, None, :]                                                   # (N, 1, T)
+        weights = scores.float().masked_fill(outside, -1e9).softmax(dim=-1).masked_fill(outside, 0)
+        found = torch.einsum("dnts,dsnh->dtnh", weights.to(own.dtype), other)
+        return self.compare(torch.cat([own, found, (own - found).abs(), own * found], dim=-1)).relu()
 
 
 # --------------------------------------------------------------------------------------------------- training
-class Trainer:
-    """Heads of all settings and seeds on one biLM, their optimizers and one step for `data.progress.Run`.
+class Learner:
+    """A head that learns: its optimizer, and the moving average of its weights, which is what is evaluated."""
 
-    What is evaluated and kept is a moving average of the weights. Every random number comes from (seed, step).
+    def __init__(self, config: Config, setting: str, seed: int, vectors, classes: int):
+        self.config = config
+        self.seed = seed
+        with torch.random.fork_rng(devices=[]):                             # leaves the caller's random numbers alone
+            head = Head(config, setting, vectors.layers, vectors.width, classes).initialize(seed)
+        self.head = head.to(vectors.device)
+        self.average = AveragedModel(self.head, avg_fn=moving_average(config.ema))
+        scalars = [p for name, p in head.named_parameters() if name in ("mix.w", "mix.gamma") and p.requires_grad]
+        others = [p for name, p in head.named_parameters() if name not in ("mix.w", "mix.gamma") and p.requires_grad]
+        groups = [{"params": others, "weight_decay": config.weight_decay, "highest_lr": config.lr}]
+        if scalars:
+            groups.append({"params": scalars, "weight_decay": 0.0, "highest_lr": config.mix_lr})
+        self.adamw = torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=True)
+
+    def step(self, step: int, steps: int, layers: Tensor, lengths: Tensor, gold: Tensor, dtype: torch.dtype) -> float:
+        """One update; returns the cross-entropy summed over the rows. layers (J, T, B, D), gold (N,)."""
+        generator = torch.Generator().manual_seed((self.seed + 1) * 1_000_003 + step)
+        masks = self.head.dropout_masks(len(lengths), generator)
+        with autocast(gold.device, dtype):
+            logits = self.head(layers, lengths, masks)                      # (N, C)
+        loss = F.cross_entropy(logits, gold, reduction="sum", label_smoothing=self.config.smoothing)
+        (loss / len(gold)).backward()
+        nn.utils.clip_grad_norm_(self.head.parameters(), self.config.clip)
+        for group in self.adamw.param_groups:
+            group["lr"] = group["highest_lr"] * learning_rate_share(step, steps, WARMUP)
+        self.adamw.step()
+        self.adamw.zero_grad()
+        if averages_at(step, steps):
+            self.average.update_parameters(self.head)
+        return float(loss)
+
+    def state(self) -> dict:
+        return {"head": self.head.state_dict(), "average": self.average.state_dict(), "adamw": self.adamw.state_dict()}
+
+    def load_state(self, state: dict) -> None:
+        self.head.load_state_dict(state["head"])
+        self.average.load_state_dict(state["average"])
+        self.adamw.load_state_dict(state["adamw"])
+
+
+def moving_average(decay: float) -> Callable:
+    """The rule of AveragedModel: average = d average + (1 - d) new, where d rises to `decay` over the first updates."""
+    def update(average: Tensor, new: Tensor, count: Tensor) -> Tensor:
+        return average.lerp(new, 1 - min(decay, float(count) / (float(count) + 9)))
+    return update
+
+
+def averages_at(step: int, steps: int) -> bool:
+    """Whether the moving average takes in the weights after this step."""
+    return step % AVERAGE_EVERY == AVERAGE_EVERY - 1 or step + 1 == steps
+
+
+class FineTuner:
+    """A copy of the biLM that learns with a head: lower layers later and more slowly (Howard and Ruder 2018).
+
+    The two directions run side by side. Their states are cut out of the graph; the head's loss gives the gradients at
+    the cut, and each direction goes on backward from there in its own thread.
     """
-    unit, rank, head = "rows", 0, Head
 
-    def __init__(self, config: Config, vectors: Vectors, parts: dict[str, Texts], classes: int, seeds: Sequence[int],
+    def __init__(self, model: BiLM, config: Config, workers: Workers, dtype: torch.dtype):
+        self.config = config
+        self.workers = workers
+        self.dtype = dtype
+        self.model = copy.deepcopy(model).set_trainable()
+        self.device = model.table.device
+        self.average = AveragedModel(self.model, avg_fn=moving_average(config.ema))
+        groups = []
+        for depth in range(ELMO.LAYERS):
+            layers = [self.model.lstms(d)[ELMO.LAYERS - 1 - depth] for d in range(2)]       # the top layer first
+            weights = [weight for weight in nn.ModuleList(layers).parameters() if weight.requires_grad]
+            groups.append(self.group(weights, depth))
+        if hasattr(self.model, "characters"):
+            groups.append(self.group(list(self.model.characters.parameters()), ELMO.LAYERS))
+        self.adamw = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+        self.optimizers = [self.adamw]
+        if self.model.config.tied:
+            self.optimizers.append(torch.optim.SparseAdam([self.group([self.model.table], ELMO.LAYERS)], betas=(0.9, 0.99)))
+
+    def group(self, weights: list[nn.Parameter], depth: int) -> dict:
+        """Optimizer group of the weights `depth` layers below the top: its highest rate, and when it starts to learn."""
+        highest_lr = self.config.bilm_lr / LAYER_DECAY ** depth
+        return {"params": weights, "lr": highest_lr, "highest_lr": highest_lr, "start": self.config.unfreeze * (depth + 1)}
+
+    def states(self, d: int, x: Tensor, masks: list[Tensor]) -> list[Tensor]:
+        """[h_0, h_1, h_2] of direction d, with their graph."""
+        with autocast(self.device, self.dtype):
+            return self.model.states(d, x, masks)
+
+    def forward(self, part: EncodedTexts, rows: np.ndarray, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Layers (3, T, B, D) and lengths (B,) of some rows, with dropout. Keeps what `backward` needs."""
+        rows, lengths = part.sides(rows)
+        ids, _ = collate(part.encoded, rows)
+        self.x = self.model.represent(ids.to(self.device), part.encoded.chars)
+        self.inputs = [x.detach().requires_grad_() for x in self.x]
+        keep = 1 - self.config.bilm_dropout
+        shape = (ELMO.LAYERS + 1, 1, len(rows), self.model.config.width)
+        masks = [torch.empty(shape).bernoulli_(keep, generator=generator).div_(keep).to(self.device) for _ in range(2)]
+        self.outputs = self.workers.map(self.states, range(2), self.inputs, masks)
+        self.cut = [[h.detach().requires_grad_() for h in states] for states in self.outputs]
+        lengths = lengths.to(self.device)
+        return at_least_one_word(self.model.join(*self.cut, lengths)), lengths
+
+    def direction_gradients(self, d: int) -> tuple[Tensor, ...]:
+        """Gradients of x and of the LSTMs of direction d, from those at the cut."""
+        gradients = [h.grad for h in self.cut[d]]
+        return torch.autograd.grad(self.outputs[d], [self.inputs[d], *self.model.lstm_weights(d)], gradients)
+
+    def backward(self) -> None:
+        """Puts the gradients into .grad, after the head's backward pass."""
+        results = self.workers.map(self.direction_gradients, range(2))
+        for d, (_, *gradients) in enumerate(results):
+            for weight, gradient in zip(self.model.lstm_weights(d), gradients, strict=True):
+                weight.grad = gradient
+        if self.x.requires_grad:
+            self.x.backward(torch.stack([gradients[0] for gradients in results]))
+        if self.model.table.grad is not None:
+            self.model.table.grad = self.model.table.grad.coalesce()
+
+    def update(self, step: int, steps: int) -> None:
+        """Clips and updates the layers that have started to learn; the others lose their gradients."""
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        for group in groups:
+            group["lr"] = group["highest_lr"] * learning_rate_share(step, steps, WARMUP)
+            if step / steps < group["start"]:
+                for weight in group["params"]:
+                    weight.grad = None
+        clip_gradients(list(self.model.parameters()), self.config.clip)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        if averages_at(step, steps):
+            self.average.update_parameters(self.model)
+
+    def state(self) -> dict:
+        return {"model": self.model.state_dict(), "average": self.average.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+
+    def load_state(self, state: dict) -> None:
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+
+
+def at_least_one_word(layers: Tensor) -> Tensor:
+    """layers (J, T, B, D), with one position of zeros if T is 0 because no text of the batch has a word."""
+    return layers if layers.shape[1] else F.pad(layers, (0, 0, 0, 0, 0, 1))
+
+
+class Trainer:
+    """The heads of all settings and seeds on one biLM, and one training step. All randomness comes from (seed, step).
+
+    On a CPU the biLM's directions run side by side first, then the heads, one per core at a time.
+    """
+    unit = "rows"
+    rank = 0
+
+    def __init__(self, config: Config, vectors, parts: dict[str, EncodedTexts], classes: int, seeds: Sequence[int],
                  digest: str = ""):
-        self.config, self.vectors, self.parts, self.seeds = config, vectors, parts, list(seeds)
-        self.digest = digest        # of the biLM, for `identity`
-        self.device = vectors.model.table.device
+        self.config = config
+        self.vectors = vectors
+        self.parts = parts                      # "train", "validation", "test"
+        self.seeds = list(seeds)
+        self.digest = digest                    # of the biLM, for `identity`
+        self.device = vectors.device
         self.dtype = compute_dtype(config.precision, self.device)
-        self.live = nn.ModuleDict({setting: self.head.of_seeds(
-            self.seeds, config, setting, vectors.J, vectors.D, classes) for setting in config.settings})
-        groups = [{"params": [p for head in self.live.values() for name, p in head.named_parameters()
-                              if (name in ("mix.w", "mix.gamma")) == scalars and p.requires_grad],
-                   "highest": lr, "weight_decay": decay, "from": 0.0}
-                  for scalars, lr, decay in ((False, config.lr, config.weight_decay), (True, config.mix_lr, 0.0))]
-        self.row_adam, self.averages = None, 0
+        self.workers = Workers(2, self.device)
+        self.learners = {(setting, seed): Learner(config, setting, seed, vectors, classes)
+                         for setting in config.settings for seed in self.seeds}
+        self.model = nn.ModuleDict({f"{setting}-{seed}": learner.average.module
+                                    for (setting, seed), learner in self.learners.items()})
+        self.tuner = None
         if config.finetune:
-            self.vectors = vectors = copy.copy(vectors)
-            self.live["bilm"] = vectors.model = copy.deepcopy(vectors.model)
-            groups += self.unfrozen(vectors.model)
-        self.live.to(self.device)
-        self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.99), fused=True)
-        self.model = copy.deepcopy(self.live)       # the moving average
+            self.tuner = FineTuner(vectors.model, config, self.workers, self.dtype)
+            self.model["bilm"] = self.tuner.average.module
         self.start_epoch(0)
         self.per_epoch = len(self.batches)
         self.steps = max(1, round(config.epochs * self.per_epoch))
-        self.interval = -(-self.per_epoch // config.evaluations)
-
-    def unfrozen(self, model: ELMO.BiLM) -> list[dict]:
-        """Optimizer groups of a biLM that learns: lower layers slower and later (Howard and Ruder 2018)."""
-        model.requires_grad_()
-        if model.config.tied:
-            self.row_adam = RowAdam(model.table, 0.99)
-        parts = [list(layer.parameters()) for layer in reversed(model.layers)]
-        parts.append(list(model.characters.parameters()) if hasattr(model, "characters") else [])
-        return [{"params": part, "highest": self.config.bilm_lr / 2.6 ** depth, "weight_decay": 0.0,
-                 "from": self.config.unfreeze * (depth + 1)} for depth, part in enumerate(parts)]
+        self.interval = math.ceil(self.per_epoch / EVALUATIONS)             # steps between evaluations
 
     def start_epoch(self, epoch: int) -> None:
         """New batches of rows of about equal length."""
         generator = np.random.default_rng([self.seeds[0], epoch])
         positions = self.config.batch_tokens // (1 + self.config.pair)
-        self.epoch, self.batches = epoch, batches(self.parts["train"].lengths, positions, generator)
+        self.epoch = epoch
+        self.batches = batches(self.parts["train"].lengths, positions, generator)
 
+    @torch_threads(1)
     def step(self, step: int) -> tuple[float, int]:
-        """One update; (cross-entropy summed over the rows, mean over heads; rows) of the batch."""
-        if step // self.per_epoch != self.epoch:
-            self.start_epoch(step // self.per_epoch)
-        rows = self.batches[step % self.per_epoch]
-        generator = torch.Generator().manual_seed((self.seeds[0] + 1) * 1_000_003 + step)
-        gold, table = self.parts["train"].labels[rows].to(self.device), []
-        masks = [None] * 3
-        if self.config.finetune and self.config.bilm_dropout:
-            one = torch.ones((), dtype=self.dtype, device=self.device)
-            shape = (2, 1, len(rows) * (1 + self.config.pair), self.vectors.model.config.output)
-            masks = [dropout(one, shape, self.config.bilm_dropout, generator) for _ in range(3)]
-        with torch.set_grad_enabled(self.config.finetune):
-            h, n = self.vectors(self.parts["train"], rows, self.dtype, masks, lambda x: self.represent(x, table))
-        logits = torch.cat([self.live[setting](h, n, generator) for setting in self.config.settings])  # (heads, N, C)
-        total = F.cross_entropy(logits.flatten(0, 1), gold.repeat(len(logits)), reduction="sum",
-                                label_smoothing=self.config.smoothing)
-        (total / len(rows)).backward()
-        loss = float(total.detach()) / len(logits)
+        """One update of every head; returns (cross-entropy summed over the rows, mean over heads; rows)."""
+        epoch, number = divmod(step, self.per_epoch)
+        if epoch != self.epoch:
+            self.start_epoch(epoch)
+        part = self.parts["train"]
+        rows = self.batches[number]
+        gold = part.labels[rows].to(self.device)
+        if self.tuner is None:
+            layers, lengths = read_batch(self.vectors, part, rows, self.dtype, self.workers.map)
+        else:
+            generator = torch.Generator().manual_seed((self.seeds[0] + 1) * 1_000_003 + step)
+            layers, lengths = self.tuner.forward(part, rows, generator)
+
+        def learn(learner: Learner) -> float:
+            return learner.step(step, self.steps, layers, lengths, gold, self.dtype)
+        losses = self.workers.map(learn, self.learners.values())
+        loss = sum(losses) / len(losses)
         if not math.isfinite(loss):
             raise InputError(f"the loss is not finite at step {step}; start anew with a lower --lr")
-        self.update(step, table)
+        if self.tuner is not None:
+            self.tuner.backward()
+            self.tuner.update(step, self.steps)
         return loss, len(rows)
-
-    def represent(self, x: Tensor, table: list) -> Tensor:
-        """x of the ids; where the biLM's table learns, of a copy of the rows that the batch holds, kept in `table`."""
-        model = self.vectors.model
-        if self.row_adam is None:
-            return model.represent(x.to(self.device), chars=self.parts["train"].encoded.chars)
-        at, where = torch.unique(x.to(self.device), return_inverse=True)
-        table.extend([at, model.table[at].requires_grad_()])
-        return F.embedding(where, table[1])
-
-    def update(self, step: int, table: list) -> None:
-        """Clips, moves the weights, and every 10 steps their average."""
-        done, share = step / self.steps, rate(step, self.steps, self.config.warmup)
-        for setting in self.config.settings:
-            self.live[setting].clip(self.config.clip)
-        if self.config.finetune:
-            nn.utils.clip_grad_norm_([*self.vectors.model.parameters(), *table[1:]], self.config.clip)
-        for group in self.adamw.param_groups:
-            group["lr"] = group["highest"] * share * (done >= group["from"])
-        self.adamw.step()
-        self.adamw.zero_grad()
-        if table and done >= self.config.unfreeze * 3:
-            self.row_adam.update(table[0], table[1].grad, self.config.bilm_lr / 2.6 ** 2 * share)
-        if step % 10 == 9 or step + 1 == self.steps:
-            decay = min(self.config.ema, self.averages / (self.averages + 9))
-            self.averages += 1
-            for average, value in zip(self.model.state_dict().values(), self.live.state_dict().values(), strict=True):
-                average.lerp_(value, 1 - decay)
 
     def identity(self) -> dict:
         """What a resumed run must share with the run that it continues."""
-        found = hashlib.sha256()
+        sha = hashlib.sha256()
         for part in self.parts.values():
             tokens = part.encoded.tokens
             for array in (part.labels.numpy(), tokens.ids, tokens.offsets, part.encoded.lookup):
-                found.update(np.ascontiguousarray(array).data)
-        free = dict.fromkeys(("log_every", "save_every", "track", "ngrams", "ensemble"))     # no weight needs these
-        return asdict(self.config) | free | {"texts": found.hexdigest(), "biLM": self.digest, "seeds": self.seeds}
+                sha.update(np.ascontiguousarray(array).data)
+        without_effect = dict.fromkeys(("log_every", "save_every", "track"))            # no weight depends on these
+        return asdict(self.config) | without_effect | {"texts": sha.hexdigest(), "biLM": self.digest, "seeds": self.seeds}
+
+    def learning(self) -> list:
+        """Everything with a state."""
+        return [*self.learners.values(), *([self.tuner] if self.tuner else [])]
 
     def state(self) -> dict:
-        """All that the next step depends on, beside the identity."""
-        return {"live": self.live.state_dict(), "model": self.model.state_dict(), "adamw": self.adamw.state_dict(),
-                "rows": self.row_adam.state if self.row_adam else {}, "averages": self.averages}
+        """Everything that the next step depends on, beside the identity."""
+        return {"learners": [learner.state() for learner in self.learning()]}
 
     def load_state(self, state: dict) -> None:
         """The inverse of `state`."""
-        self.live.load_state_dict(state["live"])
-        self.model.load_state_dict(state["model"])
-        self.adamw.load_state_dict(state["adamw"])
-        self.averages = state["averages"]
-        if self.row_adam:
-            self.row_adam.state = {name: value.to(self.device) for name, value in state["rows"].items()}
+        for learner, saved in zip(self.learning(), state["learners"], strict=True):
+            learner.load_state(saved)
 
-    @torch.no_grad()
-    def probabilities(self, part: Texts, rows: np.ndarray | None = None) -> dict[str, Tensor]:
-        """{setting: (S, N, C)} of the averaged weights, each row on its own."""
-        vectors = copy.copy(self.vectors)
-        vectors.model = self.model["bilm"] if self.config.finetune else vectors.model
-        return probabilities({s: self.model[s] for s in self.config.settings}, vectors, part, self.dtype, rows)
+    def probabilities(self, part: EncodedTexts, rows: np.ndarray | None = None) -> dict[tuple, Tensor]:
+        """{(setting, seed): (N, C)} by the averaged weights."""
+        vectors = ELMoVectors(self.model["bilm"]) if self.tuner else self.vectors
+        heads = {key: learner.average.module for key, learner in self.learners.items()}
+        return probabilities(heads, vectors, part, self.dtype, rows)
 
 
-def probabilities(heads: dict[str, Head], vectors: Vectors, part: Texts, dtype, rows=None) -> dict[str, Tensor]:
-    """{setting: (S, N, C)} for some rows of a part, or all; no dropout."""
+def read_batch(vectors, part: EncodedTexts, rows: np.ndarray, dtype: torch.dtype, map: Callable = map):
+    """Word vectors (J, T, B, D) and lengths (B,) of some rows; for pairs, first sides and then second ones."""
+    sides, lengths = part.sides(rows)
+    layers = vectors(part.encoded, sides, dtype, map)
+    return at_least_one_word(layers), lengths.to(vectors.device)
+
+
+def probabilities(heads: dict, vectors, part: EncodedTexts, dtype: torch.dtype, rows: np.ndarray | None = None) -> dict:
+    """{name: (N, C)} of some rows of a part, or of all, for heads {name: Head}; no dropout."""
     rows = np.arange(len(part.lengths)) if rows is None else rows
-    out = {name: torch.zeros(head.S, len(rows), head.out.bias.shape[2]) for name, head in heads.items()}
+    results = {name: torch.zeros(len(rows), head.out.out_features) for name, head in heads.items()}
+
     @torch.no_grad()
-    def measure(batch: np.ndarray) -> None:
-        h, n = vectors(part, rows[batch], dtype)
-        for name, head in heads.items():
-            out[name][:, batch] = head(h, n).softmax(dim=-1).cpu()
-    on_each_core(measure, batches(part.lengths[rows], 3000 // (1 + part.pair)), vectors.model.table.device)
-    return out
+    def classify_batch(batch: np.ndarray) -> None:
+        layers, lengths = read_batch(vectors, part, rows[batch], dtype)
+        with autocast(vectors.device, dtype):
+            for name, head in heads.items():
+                results[name][batch] = head(layers, lengths).softmax(dim=-1).cpu()
+    map_on_cores(classify_batch, batches(part.lengths[rows], 3000 // (1 + part.pair)), vectors.device)
+    return results
 
 
 def train(trainer: Trainer, resume_file: Path | None = None, resume: bool = False) -> Run:
-    """The run, with the averaged weights whose cross-entropy on the validation rows is lowest, mean over heads."""
+    """The training loop. The returned Run holds the averaged weights with the lowest mean loss on the validation rows."""
     gold = trainer.parts["validation"].labels
-    def evaluate(loss: float) -> tuple[float, dict]:
-        """(mean cross-entropy of all heads on the validation rows, the history's entry)."""
-        entry = {"train_loss": loss, "validation": {}}
-        for name, p in trainer.probabilities(trainer.parts["validation"]).items():
-            nats = -p[:, torch.arange(len(gold)), gold].clamp(min=1e-12).log().mean(dim=1)
-            entry["validation"][name] = {"loss": nats.tolist(),
-                                         "accuracy": (p.argmax(dim=2) == gold).double().mean(dim=1).tolist()}
-        return float(np.mean([v["loss"] for v in entry["validation"].values()])), entry
+
+    def evaluate(train_loss: float) -> tuple[float, dict]:
+        """(mean cross-entropy of all heads on the validation rows, entry of the history)."""
+        validation = {setting: {"loss": [], "accuracy": []} for setting in trainer.config.settings}
+        for (setting, _), p in trainer.probabilities(trainer.parts["validation"]).items():
+            nll = -p.gather(1, gold[:, None]).clamp(min=1e-12).log().mean()
+            validation[setting]["loss"].append(float(nll))
+            validation[setting]["accuracy"].append(float((p.argmax(dim=1) == gold).double().mean()))
+        mean = np.mean([loss for numbers in validation.values() for loss in numbers["loss"]])
+        return float(mean), {"train_loss": train_loss, "validation": validation}
 
     with Run(trainer, resume_file, resume) as run:
         for step in range(run.step, trainer.steps + 1):
-            if run.due(step):               # evaluate and keep the best
-                run.keep(evaluate)
-            if run.stop():                  # complete, or Ctrl-C
+            if run.due(step):                   # twice per pass over the training rows
+                run.save_best(evaluate)
+            if run.stop():                      # the end of training, or Ctrl-C
                 break
-            run.count(*trainer.step(step))  # one step, one log line
+            loss, rows = trainer.step(step)
+            run.count(loss, rows)               # progress, log line, resume state
     return run
 
 
-# ------------------------------------------------------------------------------------------------- checkpoint
+# ------------------------------------------------------------------------------------------------- classifier
 class Classifier:
-    """Trained heads with their biLM: texts in, labels and probabilities out.
+    """A trained head with its biLM: texts in, labels and probabilities out.
 
         clf = Classifier.load("models/classifier.pt", "models/bilstm.pt", setting="trainable")
-        clf.predict(["Oil prices fall."])       # [{"label": "Business", "probabilities": {"World": .., ...}}]
-
-    A member is (head, its biLM, {setting, seed, validation accuracy}); several members' probabilities are averaged,
-    and those of `ngrams`, where there is one, mixed in.
+        clf.predict(["Oil prices fall."])       # [{"label": "Business", "probabilities": {"World": .., ..}}]
     """
 
-    def __init__(self, config: Config, labels: Sequence[str], members: list[tuple[Head, ELMo, dict]],
-                 ngrams: Ngrams | None = None):
-        self.config, self.labels, self.members, self.ngrams = config, list(labels), members, ngrams
+    def __init__(self, config: Config, labels: Sequence[str], head: Head, elmo: ELMo):
+        self.config = config
+        self.labels = list(labels)
+        self.head = head.eval().requires_grad_(False)
+        self.elmo = elmo
 
     @classmethod
     def load(cls, path: str | Path, bilstm: str | Path | None = None, setting: str | None = None,
              device: str = "cpu") -> "Classifier":
-        """The classifier of a file that classification.py wrote; InputError where it is damaged or of another biLM.
+        """The classifier of a file made by classification.py; InputError if it is damaged or of another biLM.
 
-        bilstm: the biLM that it was trained on, unless the file holds its own. setting: one of those that the file
-        holds; by default the one that was best on the validation rows.
+        bilstm: the biLM that it was trained on, unless the file holds its own. setting: "trainable", "frozen" or
+        "function"; by default the one with the best accuracy on the validation rows.
         """
-        content = read_published(path, FORMAT, {"config", "labels", "members", "bilm", "metrics"})
+        content = read_published(path, FORMAT, {"config", "labels", "heads", "bilm", "metrics"})
         with fitting(path):
-            config, members, bilm = Config(**content["config"]), content["members"], content["bilm"]
-            settings = list(dict.fromkeys(member["setting"] for member in members))
+            config = Config(**content["config"])
+            heads = content["heads"]
             if setting in (None, "all"):
-                setting = max(members, key=lambda member: member["validation"])["setting"]
-            own = [ELMo.restored(bilm["config"], bilm["words"], part_of(content["weights"], f"bilm.{i}."), device)
-                   for i in range(bilm["count"])]
-            if not own and bilstm is None:
-                raise InputError(f"{path} needs the biLM that it was trained on; name it, models/bilstm.pt say")
-            if not own:
-                own = [ELMo.load(bilstm, device)]
-                if own[0].digest != bilm["digest"]:
-                    raise InputError(f"{path} was trained on another biLM than {bilstm}; name that one (digest "
-                                     f"{bilm['digest'][:12]}..), or run `python classification.py` anew")
-            if setting not in settings or not all(isinstance(label, str) for label in content["labels"]):
-                raise InputError(f"{path} holds no setting {setting!r}; expected one of {', '.join(settings)}")
-            chosen = [cls.member(content, config, i, own[member["bilm"]]) for i, member in enumerate(members)
-                      if member["setting"] == setting]
-            linear = part_of(content["weights"], "ngrams.")
-            ngrams = Ngrams(linear, len(content["labels"])) if config.ngrams else None
-            return cls(config, content["labels"], chosen, ngrams)
-
-    @staticmethod
-    def member(content: dict, config: Config, i: int, elmo: ELMo) -> tuple[Head, ELMo, dict]:
-        """The i-th head of a file, on its biLM."""
-        about, vectors = content["members"][i], Vectors(config.vectors, elmo.model)
-        with torch.device("meta"):
-            head = Head(config, about["setting"], vectors.J, vectors.D, len(content["labels"]))
-        head.load_state_dict(part_of(content["weights"], f"head.{i}."), assign=True)
-        return head.to(elmo.model.table.device), elmo, about
-
-    def save(self, path: str | Path, bilm: str | None, scores: dict) -> None:
-        """Half-precision tensors and plain types; the biLMs are in the file, unless `bilm` is the digest of the one."""
-        bilms = list(dict.fromkeys(elmo for _, elmo, _ in self.members))
-        weights = {f"head.{i}.{name}": value for i, (head, _, _) in enumerate(self.members)
-                   for name, value in head.state_dict().items()}
-        weights |= {f"ngrams.{name}": value for name, value in (self.ngrams.weights if self.ngrams else {}).items()}
-        source = {"count": 0, "digest": bilm}
-        if bilm is None:
-            weights |= {f"bilm.{i}.{name}": value for i, elmo in enumerate(bilms)
-                        for name, value in elmo.model.state_dict().items()}
-            source = {"count": len(bilms), "config": asdict(bilms[0].config), "words": bilms[0].words.words}
-        write_published(path, {
-            "format": FORMAT, "config": asdict(self.config), "labels": self.labels, "bilm": source,
-            "members": [about | {"bilm": bilms.index(elmo)} for _, elmo, about in self.members],
-            "weights": {name: value.cpu().half() for name, value in weights.items()}, "metrics": scores})
+                setting = max(heads, key=lambda name: heads[name]["validation"])
+            if setting not in heads:
+                raise InputError(f"{path} has no setting {setting!r}; expected one of {', '.join(heads)}")
+            elmo = bilm_of(path, content, bilstm, device)
+            vectors = ELMoVectors(elmo.model)
+            with torch.device("meta"):          # takes no memory for the sizes that a file claims
+                head = Head(config, setting, vectors.layers, vectors.width, len(content["labels"]))
+            head.load_state_dict(weights_of(content["weights"], f"{setting}."), assign=True)
+            return cls(config, [str(label) for label in content["labels"]], head.to(vectors.device), elmo)
 
     def predict(self, texts: Sequence[str | tuple[str, str]], precision: str = "fp32") -> list[dict]:
-        """One {"label", "probabilities": {label: share}} per text, or per pair of texts where the task is one of pairs.
+        """One {"label", "probabilities": {label: p}} per text, or per pair of texts if the task is one of pairs.
 
-        InputError names a text that is empty or no text. precision: "auto" and "bf16" are faster and round.
+        InputError names a text that is empty or is no text. precision: "fp32"; "auto" and "bf16" are faster and round.
         """
-        p = self.probabilities(texts, precision)
-        return [{"label": self.labels[int(row.argmax())],
-                 "probabilities": dict(zip(self.labels, row.tolist(), strict=True))} for row in p]
+        return [{"label": self.labels[int(p.argmax())], "probabilities": dict(zip(self.labels, p.tolist(), strict=True))}
+                for p in self.probabilities(texts, precision)]
 
     def probabilities(self, texts: Sequence[str | tuple[str, str]], precision: str = "fp32") -> Tensor:
-        """(N, C) float32 CPU tensor, the members' mean."""
-        texts = check_rows(texts, self.config)
-        if not texts:
+        """(N, C) float32 CPU tensor."""
+        rows = check_rows(texts, self.config)
+        if not rows:
             return torch.zeros(0, len(self.labels))
-        encoded = Texts(Part(texts, np.zeros(len(texts), dtype=np.int64)), self.members[0][1])
-        for i in np.flatnonzero(encoded.words == 0)[:1]:
-            raise InputError(f"text {i % len(texts)} has no words; there is nothing to classify")
-        total = torch.zeros(len(texts), len(self.labels))
-        q = self.ngrams and self.ngrams.probabilities(texts)
-        for elmo in dict.fromkeys(elmo for _, elmo, _ in self.members):     # each biLM runs once
-            dtype = compute_dtype(precision, elmo.model.table.device)
-            heads = {str(i): head for i, (head, own, _) in enumerate(self.members) if own is elmo}
-            for p in probabilities(heads, Vectors(self.config.vectors, elmo.model), encoded, dtype).values():
-                total += self.ngrams.mixed(p[0], q) if self.ngrams else p[0]
-        return total / len(self.members)
+        part = EncodedTexts(Part(rows, np.zeros(len(rows), dtype=np.int64)), self.elmo)
+        for i in np.flatnonzero(part.words == 0)[:1]:
+            raise InputError(f"text {i % len(rows)} has no words; there is nothing to classify")
+        vectors = ELMoVectors(self.elmo.model)
+        return probabilities({"": self.head}, vectors, part, compute_dtype(precision, vectors.device))[""]
 
 
-def part_of(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The float32 weights whose names begin with `prefix`, without it."""
+def weights_of(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The float32 weights whose names start with `prefix`, without it."""
     return {name.removeprefix(prefix): value.float() for name, value in weights.items() if name.startswith(prefix)}
 
 
-# ------------------------------------------------------------------------------------------------------- main
-def adapted(elmo: ELMo, task: Task, config: Config, file: Path, resume: bool) -> Run:
-    """The run that trains the biLM on as a language model of the task's training texts, its vocabulary grown by them.
+def bilm_of(path: str | Path, content: dict, bilstm: str | Path | None, device: str) -> ELMo:
+    """The biLM inside a classifier's file, or the one in the file `bilstm` if its digest is the right one."""
+    bilm = content["bilm"]
+    if "words" in bilm:
+        return ELMo.from_parts(bilm["config"], bilm["words"], weights_of(content["weights"], "bilm."), device)
+    if bilstm is None:
+        raise InputError(f"{path} needs the biLM that it was trained on; name it, for example models/bilstm.pt")
+    elmo = ELMo.load(bilstm, device)
+    if elmo.digest != bilm["digest"]:
+        raise InputError(f"{path} was trained on another biLM than {bilstm}; name that one (digest "
+                         f"{bilm['digest'][:12]}..), or run `python classification.py` anew")
+    return elmo
 
-    As in the paper's section 3.4; a tenth of the texts chooses the pass. New words begin like a new model's.
+
+# ------------------------------------------------------------------------------------------------ publication
+def measure(runs: list[Run], task: Task) -> dict:
+    """The numbers of finished runs on training, validation and test rows: the JSON without what `publish` adds.
+
+    settings.{setting}: s and gamma of each seed (none for `function`), parameters, best (index of the seed that is best
+    on the validation rows), predictions (class of each test row by the seeds' mean probabilities, one digit per row),
+    and for train (10,000 of its rows), validation and test what `run.metrics.over_seeds` gives; for test rows of AG
+    News also `fresh`, the same for the rows that are no near copies of training rows.
     """
-    tokens = tokenized(task.corpus, elmo.config, CACHE)
+    trainer = runs[0].trainer
+    config = trainer.config
+    sample = np.random.default_rng([config.seed, 4]).permutation(len(task.train))[:MEASURED_TRAINING_ROWS]
+    parts = {"train": task.train.take(np.sort(sample)), "validation": task.validation, "test": task.test}
+    settings = {setting: describe_heads(setting, runs) for setting in config.settings}
+    for name, part in parts.items():
+        rows = np.sort(sample) if name == "train" else None
+        p = {}
+        for run in runs:
+            p.update(run.trainer.probabilities(trainer.parts[name], rows))
+        for setting, numbers in settings.items():
+            of_seeds = np.stack([values.numpy() for (of, _), values in p.items() if of == setting])     # (S, N, C)
+            numbers[name] = over_seeds(of_seeds, part.labels, task.labels)
+            if name == "test":
+                numbers["predictions"] = "".join(map(str, of_seeds.mean(axis=0).argmax(axis=1)))
+                if task.fresh is not None and task.fresh.any():
+                    fresh = over_seeds(of_seeds[:, task.fresh], part.labels[task.fresh], task.labels)
+                    numbers[name]["fresh"] = {"rows": int(task.fresh.sum()), "accuracy": fresh["accuracy"],
+                                              "macro_f1": fresh["macro_f1"],
+                                              "ensemble": {"accuracy": fresh["ensemble"]["accuracy"]}}
+    for numbers in settings.values():
+        numbers["best"] = int(np.argmax([seed["accuracy"] for seed in numbers["validation"]["seeds"]]))
+    return {"config": asdict(config), "machine": machine(trainer.device), "task": task.name, "labels": task.labels,
+            "history": [run.history for run in runs], "settings": settings}
+
+
+def describe_heads(setting: str, runs: list[Run]) -> dict:
+    """Layer weights and number of parameters of the heads of one setting."""
+    heads = [learner.average.module for run in runs for (of, _), learner in run.trainer.learners.items() if of == setting]
+    mixes = [head.mix for head in heads if isinstance(head.mix, ScalarMix)]
+    return {"s": [mix.w.softmax(dim=0).tolist() for mix in mixes], "gamma": [float(mix.gamma) for mix in mixes],
+            "parameters": sum(value.numel() for value in heads[0].parameters())}
+
+
+def save(path: Path, result: dict, runs: list[Run], elmo: ELMo) -> None:
+    """The .pt file: for each setting the seed that is best on the validation rows, and the biLM if it was changed."""
+    config = runs[0].trainer.config
+    heads, weights = {}, {}
+    for setting, numbers in result["settings"].items():
+        learners = [(seed, run.trainer, learner) for run in runs
+                    for (of, seed), learner in run.trainer.learners.items() if of == setting]
+        seed, trainer, learner = learners[numbers["best"]]
+        heads[setting] = {"seed": seed, "validation": numbers["validation"]["seeds"][numbers["best"]]["accuracy"]}
+        weights |= {f"{setting}.{name}": value for name, value in learner.average.module.state_dict().items()}
+    bilm = {"digest": elmo.digest}
+    if config.finetune or config.adapt:
+        model = trainer.model["bilm"] if config.finetune else elmo.model
+        own = ELMo(elmo.config, elmo.words, copy.deepcopy(model))
+        bilm = {"config": asdict(elmo.config), "words": elmo.words.words}
+        weights |= {f"bilm.{name}": value for name, value in own.weights().items()}
+    scores = {setting: {part: numbers[part]["accuracy"]["mean"] for part in ("train", "validation", "test")}
+              for setting, numbers in result["settings"].items()}
+    write_published(path, {"format": FORMAT, "config": asdict(config), "labels": result["labels"], "heads": heads,
+                           "bilm": bilm, "weights": {name: value.cpu().half() for name, value in weights.items()},
+                           "metrics": scores})
+
+
+def publish(result: dict, out: Path, stem: str, seconds: float) -> None:
+    """Writes the figures and the JSON of a result, and prints its table. seconds: from command to file."""
+    result |= {"command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "versions": versions()}
+    figures.classification(result, out, "" if stem == "classifier" else stem)
+    result |= {"minutes": seconds / 60, "peak_memory_gb": peak_memory_gb()}
+    write_json(out / f"{'classification' if stem == 'classifier' else stem}.json", result)
+    print(table(result))
+
+
+def table(result: dict) -> str:
+    """Accuracies and layer weights as lines to print."""
+    lines = [f"{'accuracy':<12}{'train':>9}{'validation':>12}{'test':>9}{'std':>8}{'fresh rows':>12}{'macro-F1':>10}"
+             "   layer weights s, gamma"]
+    for setting, numbers in result["settings"].items():
+        test = numbers["test"]
+        std = test["accuracy"]["std"]
+        cells = [f"{setting:<12}", f"{numbers['train']['accuracy']['mean']:>9.2%}",
+                 f"{numbers['validation']['accuracy']['mean']:>12.2%}", f"{test['accuracy']['mean']:>9.2%}",
+                 "       -" if std is None else f"{std:>8.2%}",
+                 f"{test['fresh']['accuracy']['mean']:>12.2%}" if "fresh" in test else f"{'-':>12}",
+                 f"{test['macro_f1']['mean']:>10.4f}   "]
+        mixes = [f"{' '.join(f'{weight:.2f}' for weight in s)}, {gamma:.2f}"
+                 for s, gamma in zip(numbers["s"], numbers["gamma"], strict=True)]
+        lines.append("".join(cells) + "; ".join(mixes))
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------------- main
+def adapt(elmo: ELMo, task: Task, config: Config, file: Path, resume: bool) -> Run:
+    """Trains the biLM on as a language model of the task's training texts, with its vocabulary grown by their words.
+
+    As in the paper's section 3.4; a tenth of the texts chooses the pass. New words start like those of a new model.
+    """
+    tokens = tokenize_texts(task.corpus, CACHE)
     found = Vocabulary.count(tokens.types, tokens.counts(slice(None)), 2)
     words = Vocabulary(elmo.words.words + [word for word in found.words[4:] if word not in elmo.words.index])
-    knobs = replace(elmo.config, epochs=config.adapt, lr=config.adapt_lr, table_lr=config.adapt_lr, seed=config.seed,
-                    log_every=config.log_every, save_every=config.save_every, track=config.track,
-                    precision=config.precision)
-    parts = split(len(tokens), max(1, len(tokens) // 10), config.seed)
-    trainer = ELMO.Trainer(knobs, Data(words, Encoded.of(tokens, words, knobs), *parts), elmo.model.table.device)
-    with torch.no_grad():
-        for name, value in trainer.model.state_dict().items():
-            old = elmo.model.state_dict()[name]
-            value[:len(old)] = old
+    options = replace(elmo.config, epochs=config.adapt, lr=config.adapt_lr, table_lr=config.adapt_lr, seed=config.seed,
+                      log_every=config.log_every, save_every=config.save_every, track=config.track,
+                      precision=config.precision)
+    rows = split(len(tokens), max(1, len(tokens) // 10), config.seed)
+    data = Data(words, Encoded.of(tokens, words, options.representation), *rows)
+    trainer = ELMO.Trainer(options, data, elmo.model.table.device)
+    trained = elmo.model.state_dict()
+    for name, value in trainer.model.state_dict().items():
+        value[:len(trained[name])] = trained[name]
     return ELMO.train(trainer, file, resume)
 
 
-def vectors_of(config: Config, elmo: ELMo, task: Task) -> Vectors:
-    """What --vectors names; tables are counted or trained on the task's training texts, in the biLM's vocabulary."""
-    model, table = elmo.model, None
-    if config.vectors == "untrained":
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            model = ELMO.BiLM(elmo.config, len(elmo.words)).requires_grad_(False).to(model.table.device)
-    if config.vectors in ("word2vec", "svd"):
-        encoded = elmo.encode(task.corpus)
-        data = Data(elmo.words, encoded, np.arange(len(encoded.tokens)), np.arange(0))
-        table = torch.from_numpy(static_vectors(config.vectors, data, seed=config.seed)).to(model.table.device)
-    return Vectors(config.vectors, model, table)
+def elmo_vectors(config: Config, elmo: ELMo, task: Task) -> ELMoVectors:
+    """The word vectors of the command. report/baselines.py gives `classify` other functions with these arguments."""
+    return ELMoVectors(elmo.model)
 
 
-def classify(config: Config, out: Path, bilstm: Path, resume: bool) -> int:
-    """The run of the command: reads the task, trains, measures, writes; the exit status."""
-    from report import downstream
+def classify(config: Config, out: Path, bilstm: Path, resume: bool, make_vectors: Callable = elmo_vectors,
+             stem: str | None = None) -> int:
+    """The run of the command: reads the task, trains, measures, writes. Returns the exit status.
+
+    With other word vectors than ELMo's, named by `stem`, only the JSON and the figures are written.
+    """
     begin = time.perf_counter()
     elmo = ELMo.load(bilstm, default_device())
-    task, digest = read_task(config, elmo.config), elmo.digest
-    name, runs = config.stem or "classifier", []
-    if config.adapt:
-        runs.append(adapted(elmo, task, config, out / f"{name}.adapt.{digest[:12]}.resume.pt", resume))
-        if not runs[0].finished:
-            return 130
-        elmo = ELMo.rounded(runs[0].trainer, runs[0])
-    parts = {name: Texts(getattr(task, name), elmo, CACHE) for name in ("train", "validation", "test")}
-    vectors, every = vectors_of(config, elmo, task), range(config.seed, config.seed + config.seeds)
-    print(f"{task.name}: {len(task.train):,} training, {len(task.validation):,} validation, {len(task.test):,} test "
-          f"rows; {', '.join(config.settings)}; {config.seeds} seed(s); {vectors.J} x {vectors.D} a word", flush=True)
-    ngrams = Ngrams.fit(task.train.texts, task.train.labels, len(task.labels)) if config.ngrams else None
-    for seeds in [[seed] for seed in every] if config.finetune else [list(every)]:
-        trainer = Trainer(config, vectors, parts, len(task.labels), seeds, digest)
-        runs.append(train(trainer, out / f"{name}.{seeds[0]}.resume.pt", resume))
-        if not runs[-1].finished:
-            return 130
-        trainer.model.load_state_dict({name: value.half().float() for name, value in runs[-1].best.items()})
-    trained = runs[bool(config.adapt):]
-    result = downstream.measure(trained, task, metrics, ngrams) | {"bilm": digest}
-    if config.vectors == "elmo":
-        save(config, trained, result, elmo, ngrams, out)
-    downstream.publish(result, out, config.stem, time.perf_counter() - begin + sum(run.earlier for run in runs))
-    for run in runs:
-        run.file.unlink(missing_ok=True)
+    digest = elmo.digest
+    task = read_task(config, elmo.config)
+    name = stem or config.stem
+    with folder_lock(out):
+        runs = []
+        if config.adapt:
+            runs.append(adapt(elmo, task, config, out / f"{name}.adapt.{digest[:12]}.resume.pt", resume))
+            if not runs[0].finished:
+                return 130
+            elmo = ELMo.from_run(runs[0])
+        parts = {part: EncodedTexts(getattr(task, part), elmo, CACHE) for part in ("train", "validation", "test")}
+        vectors = make_vectors(config, elmo, task)
+        seeds = range(config.seed, config.seed + config.seeds)
+        print(f"{task.name}: {len(task.train):,} training, {len(task.validation):,} validation, {len(task.test):,} test "
+              f"rows; {', '.join(config.settings)}; {config.seeds} seed(s)", flush=True)
+        trained = []
+        for of_run in ([[seed] for seed in seeds] if config.finetune else [list(seeds)]):
+            trainer = Trainer(config, vectors, parts, len(task.labels), of_run, digest)
+            run = train(trainer, out / f"{name}.{of_run[0]}.resume.pt", resume)
+            if not run.finished:
+                return 130
+            trainer.model.load_state_dict({key: value.half().float() for key, value in run.best.items()})
+            trained.append(run)
+        result = measure(trained, task) | {"bilm": digest}
+        if stem is None:
+            save(out / f"{name}.pt", result, trained, elmo)
+        runs += trained
+        publish(result, out, name, time.perf_counter() - begin + sum(run.earlier for run in runs))
+        for run in runs:
+            run.file.unlink(missing_ok=True)
     return 0
 
 
-def save(config: Config, runs: list[Run], result: dict, elmo: ELMo, ngrams: Ngrams | None, out: Path) -> None:
-    """OUT's .pt: per setting the seed that is best on validation rows; with --ensemble another one of all seeds."""
-    best, every = [], []
-    for setting, numbers in result["settings"].items():
-        members = []
-        for run in runs:
-            own = ELMo(elmo.config, elmo.words, run.trainer.model["bilm"]) if config.finetune else elmo
-            for s, seed in enumerate(run.trainer.seeds):
-                accuracy = numbers["validation"]["seeds"][len(members)]["accuracy"]
-                about = {"setting": setting, "seed": seed, "validation": accuracy}
-                members.append((run.trainer.model[setting].alone(s), own, about))
-        every += members
-        best.append(members[numbers["best"]])
-    scores = {setting: {part: r[part]["accuracy"]["mean"] for part in ("train", "validation", "test")}
-              for setting, r in result["settings"].items()}
-    digest = None if config.finetune or config.adapt else result["bilm"]
-    Classifier(config, result["labels"], best, ngrams).save(out / f"{config.stem or 'classifier'}.pt", digest, scores)
-    if config.ensemble:
-        name = "ensemble" if config.stem == "finetuned" else f"{config.stem or 'classifier'}_ensemble"
-        Classifier(config, result["labels"], every, ngrams).save(out / f"{name}.pt", digest, scores)
+def print_predictions(file: Path, options, config: Config) -> int:
+    """Prints label and probabilities of a text, or for "-" of each line of standard input. Returns the exit status.
+
+    If the classifier takes two texts, a tab stands between them.
+    """
+    lines = read_lines("-") if options.predict == "-" else [options.predict]
+    classifier = Classifier.load(file, options.bilstm, config.setting, default_device())
+    texts = [tuple(line.split("\t")) for line in lines] if classifier.config.two_texts else lines
+    for line, prediction in zip(lines, classifier.predict(texts, config.precision), strict=True):
+        if options.json:
+            print(json.dumps({"text": line} | prediction))
+        else:
+            print(prediction["label"], *(f"{label} {p:.4f}" for label, p in prediction["probabilities"].items()), sep="\t")
+    return 0
 
 
 @script("classification.py")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0, 2 for an input that the user can mend, 130 after Ctrl-C."""
+    """Exit status 0, 2 for an input that the user can fix, 130 after Ctrl-C."""
     config, options = script_arguments(argv, Config, "classification.py", __doc__, HERE / "models", {
         "--bilstm": {"metavar": "FILE", "type": Path, "default": HERE / "models" / "bilstm.pt",
                      "help": "the biLM (default models/bilstm.pt)"},
         "--classifier": {"metavar": "FILE", "type": Path, "help": "for --predict (default: classifier.pt in --out)"},
-        "--predict": {"metavar": "TEXT", "help": "label this text, or standard input's lines (-), instead of training"},
-        "--json": {"action": "store_true", "help": "--predict: one JSON object a line"}})
+        "--predict": {"metavar": "TEXT", "help": "classify this text, or the lines of standard input (-)"},
+        "--json": {"action": "store_true", "help": "--predict: print one JSON object per line"}})
     if options.predict is None:
         return classify(config, options.out, options.bilstm, options.resume)
-    file = options.classifier or options.out / "classifier.pt"
-    return print_predictions(lambda: Classifier.load(file, options.bilstm, config.setting, default_device()),
-                             options.predict, config.precision, options.json)
+    return print_predictions(options.classifier or options.out / "classifier.pt", options, config)
 
 
 if __name__ == "__main__":

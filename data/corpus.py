@@ -1,9 +1,9 @@
-"""Any text as token ids on disk: read line by line, tokenized on all cores, opened again at once as a memory map.
+"""Any text as token ids on disk: read line by line, tokenized on all cores, opened again as a memory map.
 
     tokens = tokenize_corpus(texts, tokenize, "version 1", cache)           # Tokens: types, ids, offsets
     tokens = tokenize_corpus(Lines("news/"), tokenize, "version 1", cache)  # every .txt and .gz of a folder
 
-Memory holds the distinct words, a number a row and some chunks of text, whatever the length of the corpus.
+However long the corpus is, memory holds only its distinct tokens, one number per row and a few chunks of text.
 """
 import gzip
 import hashlib
@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -27,36 +27,42 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data.files import InputError
-from data.machine import end_with_parent
+from run.files import InputError
+from run.machine import end_with_parent
 
-CHUNK = 2_000       # texts a worker tokenizes at a time: large enough to hide the hand-over, small enough for memory
-LETTERS = 2**20     # most characters of a chunk, and most bytes of a line: longer ones are cut between two words
-LONGEST = 400       # tokens of a row of plain text; a longer line becomes several rows
+CHUNK = 2_000       # texts that a worker tokenizes at a time
+LETTERS = 2**20     # about the most characters of a chunk; the most bytes of a line, which is cut between two words
+LONGEST = 400       # most tokens of a row of plain text; a longer line becomes several rows
 
 
 # ------------------------------------------------------------------------------------------------- plain text
 class Lines:
-    """The lines with text of a file, or of every .txt and .gz below a folder in the order of their names.
+    """The lines of a file, or of every .txt and .gz file below a folder in the order of their names; no blank lines.
 
-    One sentence or document a line, UTF-8, .gz unpacked while it is read. InputError when there is no such file, or
-    for a file that cannot be read, unpacked or decoded, with its line. Can be iterated any number of times.
+    Files are UTF-8 with one sentence or document per line; .gz files are unpacked while they are read. Can be iterated
+    any number of times. Raises InputError if there is no such file, or if one cannot be read, unpacked or decoded.
     """
 
     def __init__(self, path: str | Path):
-        self.files = [Path(path)] if Path(path).is_file() else []
-        if path and not self.files:
+        if Path(path).is_file():
+            self.files = [Path(path)]
+        elif path:          # Path("") would be the current folder
             self.files = sorted(p for p in Path(path).rglob("*") if p.suffix in (".txt", ".gz") and p.is_file())
+        else:
+            self.files = []
         if not self.files:
             raise InputError(f"{str(path)!r} is no file, and no folder with .txt or .gz files; name one")
 
     def __iter__(self) -> Iterator[str]:
         for path in self.files:
             number = 0
+            open_file = gzip.open if path.suffix == ".gz" else open
             try:
-                with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-                    for number, line in enumerate(lines_of(file), start=1):
-                        text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                with open_file(path, "rb") as file:
+                    for line in lines_of(file):
+                        number += 1
+                        encoding = "utf-8-sig" if number == 1 else "utf-8"      # only a file begins with a mark
+                        text = line.decode(encoding).strip()
                         if text:
                             yield text
             except UnicodeDecodeError:
@@ -67,15 +73,25 @@ class Lines:
 
 
 def lines_of(file) -> Iterator[bytes]:
-    """A binary file's lines; one longer than LETTERS comes in pieces that end at a space, or at a character's end."""
+    """The lines of a binary file; a line longer than LETTERS comes in pieces that end after a space or a character."""
     rest = b""
     while line := rest + file.readline(LETTERS - len(rest)):
-        rest = b""
+        end = len(line)
         if len(line) == LETTERS and not line.endswith(b"\n"):
-            begins = (at for at in range(len(line) - 1, len(line) - 5, -1) if line[at] & 0xC0 != 0x80)
-            cut = line.rfind(b" ") + 1 or next(begins, len(line))       # the last character's first byte
-            line, rest = line[:cut], line[cut:]
-        yield line
+            end = end_of_piece(line)
+        yield line[:end]
+        rest = line[end:]
+
+
+def end_of_piece(line: bytes) -> int:
+    """Where to cut the line: after its last space, else before its last UTF-8 character, which may be incomplete."""
+    after_space = line.rfind(b" ") + 1
+    if after_space > 0:
+        return after_space
+    for at in range(len(line) - 1, len(line) - 5, -1):
+        if line[at] & 0xC0 != 0x80:         # the first byte of a character
+            return at
+    return len(line)                        # no UTF-8: decoding will say so
 
 
 # ------------------------------------------------------------------------------------------------- tokenizing
@@ -83,8 +99,8 @@ def lines_of(file) -> Iterator[bytes]:
 class Tokens:
     """A tokenized corpus: row i is [types[k] for k in ids[offsets[i]:offsets[i + 1]]].
 
-    types: every distinct token, in order of appearance; ids: (tokens,) int32, a read-only memory map when it comes
-    from the cache, so that no corpus has to fit in memory; offsets: (rows + 1,) int64.
+    types: every distinct token, in order of appearance; ids: (tokens,) int32, a read-only memory map if they come from
+    the cache, so that they need not fit in memory; offsets: (rows + 1,) int64.
     """
     types: list[str]
     ids: np.ndarray
@@ -94,30 +110,37 @@ class Tokens:
         return len(self.offsets) - 1
 
     def counts(self, rows: np.ndarray | slice) -> np.ndarray:
-        """(types,) how often each type stands in these rows."""
-        inside, total = np.zeros(len(self), dtype=bool), np.zeros(len(self.types), dtype=np.int64)
+        """(types,) how often each type occurs in these rows."""
+        inside = np.zeros(len(self), dtype=bool)
         inside[rows] = True
-        for a in range(0, len(self), 20_000):               # a part of the memory map at a time
-            offsets = self.offsets[a:a + 20_001]
-            mask = np.repeat(inside[a:a + 20_000], np.diff(offsets))
-            total += np.bincount(self.ids[offsets[0]:offsets[-1]][mask], minlength=len(total))
+        total = np.zeros(len(self.types), dtype=np.int64)
+        step = 20_000                                       # so that only a part of the memory map is read at a time
+        for first in range(0, len(self), step):
+            offsets = self.offsets[first:first + step + 1]
+            mask = np.repeat(inside[first:first + step], np.diff(offsets))
+            ids = self.ids[offsets[0]:offsets[-1]]
+            total += np.bincount(ids[mask], minlength=len(total))
         return total
 
-    def cut(self, most: int) -> tuple["Tokens", np.ndarray]:
-        """The same tokens, a row of more than `most` as several, and the row that each of these was.
+    def cut(self, max_tokens: int) -> tuple["Tokens", np.ndarray]:
+        """The same tokens with longer rows cut into pieces, and for each piece the row that it comes from.
 
-        Offsets [0, 5, 7] and most 2 become [0, 2, 4, 5, 7] and rows [0, 0, 0, 1].
+        Offsets [0, 5, 7] and max_tokens 2 become offsets [0, 2, 4, 5, 7] and rows [0, 0, 0, 1].
         """
-        pieces = np.maximum(1, -(-np.diff(self.offsets) // most))                   # (rows,)
-        owner = np.repeat(np.arange(len(self)), pieces)
-        which = np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-        return Tokens(self.types, self.ids, np.append(self.offsets[owner] + which * most, self.offsets[-1])), owner
+        lengths = np.diff(self.offsets)
+        pieces = np.maximum(1, -(-lengths // max_tokens))                           # (rows,) pieces of each row
+        row = np.repeat(np.arange(len(self)), pieces)                               # (pieces,)
+        first_piece = np.cumsum(pieces) - pieces                                    # (rows,)
+        piece_in_row = np.arange(len(row)) - first_piece[row]                       # (pieces,)
+        starts = self.offsets[row] + piece_in_row * max_tokens
+        return Tokens(self.types, self.ids, np.append(starts, self.offsets[-1])), row
 
 
 def count_chunk(tokenize: Callable, texts: list[str]) -> tuple[list[str], np.ndarray, np.ndarray]:
     """(types, ids, lengths) of one chunk of texts; runs in a worker process."""
     index: dict[str, int] = {}
-    ids, lengths = [], []
+    ids = []
+    lengths = []
     for text in texts:
         tokens = tokenize(text)
         ids.extend([index.setdefault(token, len(index)) for token in tokens])
@@ -126,31 +149,34 @@ def count_chunk(tokenize: Callable, texts: list[str]) -> tuple[list[str], np.nda
 
 
 def chunks(texts: Iterable[str]) -> Iterator[list[str]]:
-    """The texts in lists of at most CHUNK, and of about LETTERS characters at most."""
-    chunk, size = [], 0
+    """The texts in lists of at most CHUNK texts and about LETTERS characters."""
+    chunk = []
+    letters = 0
     for text in tqdm(texts, "tokenizing", unit="text", delay=5, mininterval=0.1 if sys.stderr.isatty() else 60):
         chunk.append(text)
-        size += len(text)
-        if len(chunk) == CHUNK or size >= LETTERS:
+        letters += len(text)
+        if len(chunk) == CHUNK or letters >= LETTERS:
             yield chunk
-            chunk, size = [], 0
+            chunk = []
+            letters = 0
     if chunk:
         yield chunk
 
 
 def begin_worker() -> None:
-    """Ctrl-C is the parent's to handle, and a parent that is killed takes its workers along."""
+    """Leaves Ctrl-C to the parent process, and ends this worker when the parent ends, also if it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
 
 
-def counted(jobs: Iterator[list[str]], tokenize: Callable, workers: int) -> Iterator[tuple]:
-    """count_chunk of every chunk, in order; a few chunks a worker are under way at a time, however many there are."""
+def count_chunks(jobs: Iterator[list[str]], tokenize: Callable, workers: int) -> Iterator[tuple]:
+    """count_chunk of every chunk, in order, by worker processes; at most a few chunks per worker are read ahead."""
     first = list(islice(jobs, 2))
     if workers == 1 or len(first) < 2:
         yield from map(partial(count_chunk, tokenize), chain(first, jobs))
         return
-    pool, waiting = ProcessPoolExecutor(workers, initializer=begin_worker), deque()
+    pool = ProcessPoolExecutor(workers, initializer=begin_worker)
+    waiting = deque()
     try:
         for job in chain(first, jobs):
             waiting.append(pool.submit(count_chunk, tokenize, job))
@@ -159,39 +185,35 @@ def counted(jobs: Iterator[list[str]], tokenize: Callable, workers: int) -> Iter
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool:
-        raise InputError("a process that tokenizes was killed, for want of memory perhaps; run again") from None
+        raise InputError("a process that tokenizes was killed, perhaps for lack of memory; run again") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def stream_tokens(texts: Iterable[str], tokenize: Callable, file, workers: int) -> tuple[list[str], np.ndarray]:
-    """(types, offsets) of the texts, whose ids are appended to `file` as int32 while they come: flat memory."""
+    """(types, offsets) of the texts. Their ids are written to `file` as int32, chunk by chunk."""
     index: dict[str, int] = {}
     lengths = [np.zeros(1, dtype=np.int64)]
-    for types, ids, length in counted(chunks(texts), tokenize, workers):
-        to_global = np.array([index.setdefault(token, len(index)) for token in types], dtype=np.int32)
-        file.write((to_global[ids] if len(ids) else ids).tobytes())
-        lengths.append(length)
+    for types, ids, chunk_lengths in count_chunks(chunks(texts), tokenize, workers):
+        global_ids = np.array([index.setdefault(token, len(index)) for token in types], dtype=np.int32)
+        file.write(global_ids[ids].tobytes())
+        lengths.append(chunk_lengths)
     return list(index), np.cumsum(np.concatenate(lengths))
 
 
 def tokenize_corpus(texts: Iterable[str], tokenize: Callable, version: str, cache: Path | None = None) -> Tokens:
-    """Tokens of the texts, from the cache when the same texts were tokenized by the same `version` before.
+    """The tokens of the texts, from the cache if the same texts were tokenized by the same `version` before.
 
-    The key is a hash of every text and of `version`, which names the tokenizer and its settings. `cache=None` keeps
-    everything in memory and leaves nothing behind; so does a cache that cannot be written, unless the texts are Lines.
-    The texts are read twice.
+    `version` names the tokenizer and its settings. Without a cache, or if it cannot be written, everything stays in
+    memory; for Lines, which may not fit, InputError is raised instead. The texts are iterated twice.
     """
     if cache is not None:
-        key = hashlib.sha256(version.encode())
-        for text in texts:
-            key.update(f"{len(text)}:{text}".encode("utf-8", "surrogatepass"))
-        folder = Path(cache) / key.hexdigest()[:24]
+        folder = Path(cache) / cache_key(texts, version)
         try:
             if not folder.exists():
                 fill_cache(folder, texts, tokenize)
         except OSError as error:
-            if isinstance(texts, Lines) and not folder.exists():        # memory might not hold them
+            if isinstance(texts, Lines) and not folder.exists():
                 raise InputError(f"{folder.parent} cannot be written ({error.strerror}); free some space") from None
         if folder.exists():
             return open_tokens(folder)
@@ -200,12 +222,20 @@ def tokenize_corpus(texts: Iterable[str], tokenize: Callable, version: str, cach
     return Tokens(types, np.frombuffer(buffer.getvalue(), dtype=np.int32), offsets)
 
 
+def cache_key(texts: Iterable[str], version: str) -> str:
+    """A hash of every text and of the version."""
+    sha = hashlib.sha256(version.encode())
+    for text in texts:
+        sha.update(f"{len(text)}:{text}".encode("utf-8", "surrogatepass"))
+    return sha.hexdigest()[:24]
+
+
 def fill_cache(folder: Path, texts: Iterable[str], tokenize: Callable) -> None:
-    """Writes a token cache beside its name and gives it that name when it is whole."""
+    """Writes the files of a token cache to a temporary folder, which takes the name `folder` when it is complete."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for left in folder.parent.glob(".part*"):
-        if time.time() - left.stat().st_mtime > 86_400:         # of a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
+    for leftover in folder.parent.glob(".part*"):
+        if time.time() - leftover.stat().st_mtime > 86_400:     # a day old: its process was killed
+            shutil.rmtree(leftover, ignore_errors=True)
     part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".part"))
     try:
         with open(part / "ids.int32", "wb") as file:
@@ -216,34 +246,22 @@ def fill_cache(folder: Path, texts: Iterable[str], tokenize: Callable) -> None:
             with open(part / name, "rb") as file:
                 os.fsync(file.fileno())
         part.chmod(0o755)
-        part.replace(folder)        # fails where another process was first: its folder holds the same
+        part.replace(folder)        # fails if another process was first; its folder holds the same
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
 def open_tokens(folder: Path) -> Tokens:
-    """A cached corpus, its ids a read-only memory map; InputError when the folder was damaged."""
+    """A cached corpus, its ids a read-only memory map. Raises InputError if the folder is damaged."""
     try:
         offsets = np.load(folder / "offsets.npy")
         types = json.loads((folder / "types.json").read_text(encoding="utf-8"))
         size = (folder / "ids.int32").stat().st_size
-        ids = np.memmap(folder / "ids.int32", dtype=np.int32, mode="r") if size else np.zeros(0, dtype=np.int32)
+        ids = np.zeros(0, dtype=np.int32)
+        if size:                    # an empty file cannot be mapped
+            ids = np.memmap(folder / "ids.int32", dtype=np.int32, mode="r")
         if len(ids) != offsets[-1] or (size and int(ids.max()) >= len(types)):
             raise ValueError(f"{len(ids)} ids of {len(types)} types where {offsets[-1]} were expected")
     except (OSError, ValueError, EOFError, IndexError) as error:
         raise InputError(f"the token cache {folder} is damaged ({error}); delete it and run again") from None
     return Tokens(types, ids, offsets)
-
-
-def spell(types: Sequence[str], max_chars: int, special: int) -> np.ndarray:
-    """(special + types, max_chars + 2) codes of UTF-8 bytes: 0 pads, 1 begins and 2 ends a word, byte b is 3 + b.
-
-    The special symbols come first, each one code that no byte has, so that a text can not spell them either.
-    """
-    codes = np.zeros((special + len(types), max_chars + 2), dtype=np.int16)
-    for i in range(1, special):
-        codes[i, 0] = 258 + i
-    for row, token in zip(codes[special:], types, strict=True):
-        letters = [1, *(3 + b for b in token.encode("utf-8", "surrogatepass")[:max_chars]), 2]
-        row[:len(letters)] = letters
-    return codes

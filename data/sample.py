@@ -4,11 +4,11 @@
     on monday the bank sued the court in paris over the retail bond .   Business: the same two, the other way round
 
 A row is a walk through slots (subject, verb, object, ...): each slot draws a word; slot and word name the next slot.
-The only hidden thing is the class, so log p(row) is four sums and one logsumexp. A class c (0 World, 1 Sports, 2
-Business, 3 Sci/Tech; its mate is (c + 2) % 4) shows in two places: SUBJECT, who acts on whom (the object is always of
-the subject's mate), and MODIFIER, the kind of noun phrase. A bag of words holds both actors of a clause and cannot tell
-class from mate by them. Many words stand in several lists of NOUNS and are told apart by their neighbours: civil
-court, indoor court; solar cell, federal cell.
+Only the class is hidden, so log p(row) is four sums and one logsumexp. A class c (0 World, 1 Sports, 2 Business,
+3 Sci/Tech; its mate is (c + 2) % 4) shows in two places: SUBJECT, who acts on whom (the object always belongs to the
+subject's mate), and MODIFIER, the kind of noun phrase. A bag of words has both actors of a clause, so they do not
+separate a class from its mate. Many words are in several lists of NOUNS, and only their neighbours show which one is
+meant: civil court, indoor court; solar cell, federal cell.
 
 `python data/sample.py --out DIR --rows 8000` writes DIR/train.csv and DIR/test.csv; `--limits` prints what is known.
 """
@@ -28,7 +28,7 @@ import numpy as np
 class_names = ("World", "Sports", "Business", "Sci/Tech")
 SUBJECT = (0.95, 0.02, 0.015)       # share of clauses whose subject is of the own class, its mate, each of the others
 MODIFIER = (0.70, 0.20, 0.05)       # share of noun phrases of the own class, its mate, each of the others: weaker
-CHUNK = 2_000       # rows drawn together from one seed: row i is the same however many rows are asked for
+CHUNK = 2_000       # rows that are drawn from one seed, so that row i is the same however many rows are drawn
 END = ""            # the end symbol, which a language model predicts as well
 
 ACTORS = [words.split() for words in (
@@ -36,7 +36,7 @@ ACTORS = [words.split() for words in (
     "coach striker goalkeeper club team captain champion referee sprinter boxer golfer pitcher league star",
     "bank company retailer airline lender insurer brewer broker carmaker investor exporter grocer factory builder",
     "scientist engineer lab astronomer doctor biologist chemist robot physicist coder hacker inventor surgeon pilot")]
-VERBS = [words.split() for words in (       # a list serves a class and its mate: a verb tells the pair, not the class
+VERBS = [words.split() for words in (       # one list per pair of mates: a verb shows the pair, not the class
     "sued warned funded lobbied bribed blamed rescued audited backed petitioned pressed shielded",
     "tested trained tracked filmed measured challenged studied monitored advised beat equipped joined")]
 MODIFIERS = [words.split() for words in (
@@ -49,15 +49,14 @@ NOUNS = [words.split() for words in (
     "court pitch race match trial record field drive medal tournament",
     "pitch bond strike record charge bank market merger profit stock",
     "cell bond match field drive charge virus chip telescope laser")]
-SPEAKERS, SAYING, DAYS, PLACES, ADJECTIVES, PREPOSITIONS, JOINS, LINKS = (words.split() for words in (
-    "analysts officials reporters observers insiders experts critics witnesses",
-    "said confirmed reported noted claimed admitted",
-    "monday tuesday wednesday thursday friday",
-    "london paris tokyo berlin madrid moscow sydney cairo toronto delhi",
-    "former young new senior rival veteran local famous",
-    "over after before despite during about",
-    "while and but as",
-    "meanwhile later elsewhere separately"))
+SPEAKERS = "analysts officials reporters observers insiders experts critics witnesses".split()
+SAYING = "said confirmed reported noted claimed admitted".split()
+DAYS = "monday tuesday wednesday thursday friday".split()
+PLACES = "london paris tokyo berlin madrid moscow sydney cairo toronto delhi".split()
+ADJECTIVES = "former young new senior rival veteran local famous".split()
+PREPOSITIONS = "over after before despite during about".split()
+JOINS = "while and but as".split()
+LINKS = "meanwhile later elsewhere separately".split()
 
 
 class Source(NamedTuple):
@@ -67,18 +66,19 @@ class Source(NamedTuple):
     target: np.ndarray                          # (A,) next slot
     logs: np.ndarray                            # (A, 4) log p(word | slot, class)
     pieces: np.ndarray                          # (A,) the word with a space before it, "" for the end
-    steps: np.ndarray                           # (4 * A,) increasing: where a uniform number finds its arc, see walk()
+    steps: np.ndarray                           # (4 * A,) increasing: finds the arc of a random number, see walk()
 
 
 def shares(strength: tuple[float, float, float]) -> np.ndarray:
-    """(4 groups, 4 classes) p(group | class) from those of own, mate and each other; columns sum to 1."""
+    """(4 groups, 4 classes) p(group | class) from the shares of own, mate and each other; columns sum to 1."""
     own, mate, other = strength
     return np.array([np.roll((own, other, mate, other), c) for c in range(4)])
 
 
 def grammar() -> dict[str, list[tuple[float | np.ndarray, Sequence[str], str]]]:
     """{slot: [(share, words, next slot)]}; a share is one number, or (4,) one per class."""
-    subject, modifier = shares(SUBJECT), shares(MODIFIER)
+    subject = shares(SUBJECT)
+    modifier = shares(MODIFIER)
     slots = {
         "start": [(0.45, ["the"], "subject"), (0.30, SPEAKERS, "say"), (0.25, ["on"], "first day")],
         "say": [(1, SAYING, "that")],
@@ -111,10 +111,14 @@ def grammar() -> dict[str, list[tuple[float | np.ndarray, Sequence[str], str]]]:
 
 @cache
 def source() -> Source:
-    """The grammar's arcs; within a list, word k (from 0) has a weight of 1 / (10 + k), so that no word is rare."""
+    """The grammar's arcs. Within a list, word k (from 0) has a weight of 1 / (10 + k), so that no word is rare."""
     table = grammar()
     number = {name: k for k, name in enumerate([*table, "done"])}
-    arcs, target, chances, pieces, steps = [], [], [], [], [[] for _ in class_names]
+    arcs = []
+    target = []
+    chances = []
+    pieces = []
+    steps = [[] for _ in class_names]
     for slot, ways in enumerate(table.values()):
         arcs.append({})
         first = len(target)
@@ -134,7 +138,7 @@ def source() -> Source:
 
 # ------------------------------------------------------------------------------------------------- generating
 def walk(rng: np.random.Generator, label: np.ndarray, begin: str, end: str) -> list[str]:
-    """One text per label, drawn slot by slot from `begin` to `end`, all rows one word at a time.
+    """One text per label, drawn slot by slot from `begin` to `end`, for all rows one word at a time.
 
     Slot s of class c owns the part of `steps` from 2 (c S + s) on, so that one binary search finds every row's arc.
     """
@@ -170,16 +174,17 @@ def generate(rows: int, seed: int = 0) -> Iterator[tuple[int, str, str]]:
         next(generate(1))
         (3, 'Magnetic Charge', 'insiders noted that the grocer funded the militia after the annual charge .')
 
-    The title is one more noun phrase of the class; nats, posteriors and limits are about the description alone.
+    The title is one more noun phrase of the class; nll, posteriors and limits are about the description only.
     """
     return stream_rows(rows, seed, stream=0)
 
 
 # ---------------------------------------------------------------------------------------------------- scoring
 def class_logs(descriptions: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
-    """(rows, 4) log p(description, end | class), and (rows,) tokens, the end symbol counted; ValueError as in nats."""
+    """(rows, 4) log p(description, end | class), and (rows,) tokens, end symbol included; ValueError as in nll."""
     machine = source()
-    path, tokens = [], []
+    path = []
+    tokens = []
     for description in descriptions:
         words = [*description.split(), END]
         slot = machine.slots["start"]
@@ -189,39 +194,50 @@ def class_logs(descriptions: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
             arc, slot = machine.arcs[slot][word]
             path.append(arc)
         tokens.append(len(words))
+    if not tokens:
+        return np.zeros((0, 4)), np.zeros(0, dtype=int)
     starts = np.cumsum([0, *tokens])[:-1]
-    return np.add.reduceat(machine.logs[path], starts) if tokens else np.zeros((0, 4)), np.array(tokens, dtype=int)
+    return np.add.reduceat(machine.logs[path], starts), np.array(tokens)
 
 
 def bag_logs(descriptions: Iterable[str]) -> np.ndarray:
     """(rows, 4) log p(bag of words | class), up to a constant of the row; see bag_posterior."""
-    subject, modifier = shares(SUBJECT), shares(MODIFIER)
-    evidence = {word: np.log(subject[pair] + subject[pair + 2]) for pair in (0, 1) for word in VERBS[pair]}
-    evidence |= {word: np.log(modifier[g]) for g in range(4) for word in MODIFIERS[g]}
-    return np.array([sum((evidence[word] for word in description.split() if word in evidence), np.zeros(4))
-                     for description in descriptions]).reshape(-1, 4)
+    subject = shares(SUBJECT)
+    modifier = shares(MODIFIER)
+    evidence = {}       # word -> (4,) log p(its group | class), for the verbs and modifiers
+    for pair in range(2):
+        evidence |= dict.fromkeys(VERBS[pair], np.log(subject[pair] + subject[pair + 2]))
+    for group in range(4):
+        evidence |= dict.fromkeys(MODIFIERS[group], np.log(modifier[group]))
+    rows = []
+    for description in descriptions:
+        row = np.zeros(4)
+        for word in description.split():
+            row += evidence.get(word, 0)
+        rows.append(row)
+    return np.array(rows).reshape(-1, 4)
 
 
 def bayes(logs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """log p(row | class) (rows, 4) -> p(class | row) (rows, 4), -log p(row) (rows,), classes equally frequent."""
+    """log p(row | class) (rows, 4) -> p(class | row) (rows, 4), -log p(row) (rows,), for equally frequent classes."""
     top = logs.max(axis=1, keepdims=True)
     weights = np.exp(logs - top)
     total = weights.sum(axis=1, keepdims=True)
     return weights / total, (np.log(4) - top - np.log(total))[:, 0]
 
 
-def nats(description: str) -> float:
-    """-log p(tokens, end) under the source, the class unknown: no language model has a lower expectation.
+def nll(description: str) -> float:
+    """-log p(tokens, end) in nats under the source, the class unknown. No language model has a lower expectation.
 
-    It bounds both directions, since the joint probability is the product of the next-token probabilities read
-    forward, </s> predicted last, as well as backward, <s> predicted last. A mean clearly below it is a leak.
-    ValueError for a text that the source cannot write.
+    It bounds both directions: the joint probability is the product of the next-token probabilities, read forward with
+    </s> predicted last as well as backward with <s> predicted last. A mean that is clearly lower shows a leak.
+    Raises ValueError for a text that the source cannot write.
     """
-    return float(nats_batch([description])[0])
+    return float(nll_batch([description])[0])
 
 
-def nats_batch(descriptions: Iterable[str]) -> np.ndarray:
-    """(rows,) nats() of each description."""
+def nll_batch(descriptions: Iterable[str]) -> np.ndarray:
+    """(rows,) nll() of each description."""
     return bayes(class_logs(descriptions)[0])[1]
 
 
@@ -233,12 +249,12 @@ def posterior(description: str) -> np.ndarray:
 def bag_posterior(description: str) -> np.ndarray:
     """(4,) p(class | the words in any order): exact, and the same for every order of the words.
 
-    p(row | class) is base(row), free of the class, times the share of each modifier's group, times the share of each
-    clause's subject group, written as share(pair) * share(who acts | pair). Modifiers and verbs stand in no other slot
-    and a verb names its pair, so all rows of one bag have the same shares of groups and pairs. What differs is who
-    acts. Exchanging the two actors of a clause changes neither bag nor base, so the bag's rows fall into sets of
-    2^clauses, over which base * product of share(who acts | pair) sums to base, whatever the class. Hence
-    p(bag | class) is a constant of the bag times the shares that verbs and modifiers tell.
+    p(row | class) is base(row), which does not depend on the class, times the share of each modifier's group, times the
+    share of each clause's subject group, written as share(pair) * share(who acts | pair). Modifiers and verbs occur in
+    no other slot and a verb names its pair, so all rows of one bag have the same shares of groups and pairs. They
+    differ in who acts. Exchanging the two actors of a clause changes neither bag nor base, so the bag's rows form sets
+    of 2^clauses, over which base * product of share(who acts | pair) sums to base, for every class. So p(bag | class)
+    is a constant of the bag times the shares that verbs and modifiers show.
 
         the court sued the bank over the civil trial .    World and Business 0.78 : 0.22, by "civil" alone
     """
@@ -248,30 +264,33 @@ def bag_posterior(description: str) -> np.ndarray:
 def limits(rows: int = 20_000, seed: int = 1_000_003) -> dict[str, float | int]:
     """What the best language model and the best classifiers reach, as means over rows with their standard errors.
 
-    nats_per_token and perplexity count the end symbol. An accuracy is the mean of the largest posterior, which has
-    less noise than counting hits: sequence_accuracy for who sees the order of the words, bag_accuracy for who does not.
+    nll_per_token and perplexity count the end symbol. An accuracy is the mean of the largest posterior, which has less
+    noise than counting hits: sequence_accuracy if the order of the words is known, bag_accuracy if it is not.
     """
     if rows < 2:
         raise ValueError(f"rows is {rows}; a standard error needs at least 2")
     descriptions = [description for _, _, description in generate(rows, seed)]
     logs, tokens = class_logs(descriptions)
-    probabilities, row_nats = bayes(logs)
-    per_token = row_nats.sum() / tokens.sum()
-    error = (row_nats - per_token * tokens).std() / tokens.mean() / rows ** 0.5
-    found = {"vocabulary": len({word for arcs in source().arcs for word in arcs} - {END}),
-             "tokens_per_row": tokens.mean(), "nats_per_token": per_token, "nats_per_token_error": error,
+    posteriors, row_nll = bayes(logs)
+    bag_posteriors, _ = bayes(bag_logs(descriptions))
+    per_token = row_nll.sum() / tokens.sum()
+    error = (row_nll - per_token * tokens).std() / tokens.mean() / rows ** 0.5
+    words = set().union(*source().arcs) - {END}
+    found = {"vocabulary": len(words), "tokens_per_row": tokens.mean(),
+             "nll_per_token": per_token, "nll_per_token_error": error,
              "perplexity": np.exp(per_token), "perplexity_error": np.exp(per_token) * error}
-    for name, known in (("sequence", probabilities), ("bag", bayes(bag_logs(descriptions))[0])):
-        best = known.max(axis=1)
-        found |= {f"{name}_accuracy": best.mean(), f"{name}_accuracy_error": best.std() / rows ** 0.5}
-    return {"rows": rows, "seed": seed, **{name: np.asarray(value).item() for name, value in found.items()}}
+    for name, p in (("sequence", posteriors), ("bag", bag_posteriors)):
+        best = p.max(axis=1)
+        found[f"{name}_accuracy"] = best.mean()
+        found[f"{name}_accuracy_error"] = best.std() / rows ** 0.5
+    return {"rows": rows, "seed": seed} | {name: np.asarray(value).item() for name, value in found.items()}
 
 
 # ---------------------------------------------------------------------------------------------------- writing
 def write(folder: str | Path, rows: int, seed: int = 0, test_rows: int = 1_000) -> None:
     """folder/train.csv and folder/test.csv in AG News's layout: no header, "3","Title","Description"; streamed.
 
-    Both are written beside their names and take them once both are whole, so that a kill leaves no half corpus.
+    Both are written to temporary files, which take the names when both are complete: a kill leaves no half corpus.
     """
     streams = [stream_rows(rows, seed, stream=0), stream_rows(test_rows, seed, stream=1)]
     paths = [Path(folder) / "train.csv", Path(folder) / "test.csv"]
@@ -291,7 +310,7 @@ def write(folder: str | Path, rows: int, seed: int = 0, test_rows: int = 1_000) 
 
 
 def whole(text: str) -> int:
-    """The number that an option's text writes."""
+    """The number of an option."""
     if not (text.isascii() and text.isdigit() and len(text) <= 10):
         raise argparse.ArgumentTypeError(f"expected a whole number of at most 10 digits, got {text!r}")
     return int(text)
@@ -299,7 +318,7 @@ def whole(text: str) -> int:
 
 def main() -> int:
     """Writes the corpus, prints its limits as JSON, or both."""
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__,     # a complaint is one line
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__,     # so that an error is one line
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", metavar="DIR", help="folder for train.csv and test.csv")
     parser.add_argument("--rows", type=whole, default=8_000, help="rows of train.csv (default %(default)s)")

@@ -1,7 +1,7 @@
-"""Text to word ids: tokens by rule, a vocabulary from the training rows alone, and the rows of either set.
+"""From text to word ids: tokens, and a vocabulary made from the training rows alone.
 
     tokenize("Oil prices fall.")                        # ["oil", "prices", "fall", "."]
-    data = Data.of(texts, config, train, validation)    # config: lowercase, min_count, representation, max_chars
+    data = Data.of(texts, config, train, validation)    # config: min_count, representation
     data.words.words[:5]                                # ["<pad>", "<unk>", "<s>", "</s>", "the"]
 """
 import hashlib
@@ -9,7 +9,7 @@ import html
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +17,10 @@ import torch
 from nltk.tokenize import RegexpTokenizer
 from torch import Tensor
 
-from data.corpus import LONGEST, Lines, Tokens, spell, tokenize_corpus
-from data.files import InputError
-from data.prepare import Part, read_ag_news, split
+from data.ag_news import fresh_rows, read_ag_news, split
+from data.characters import character_codes
+from data.corpus import LONGEST, Lines, Tokens, tokenize_corpus
+from run.files import InputError
 
 PAD, UNK, BOS, EOS = range(4)
 SPECIAL = ["<pad>", "<unk>", "<s>", "</s>"]
@@ -29,27 +30,29 @@ TOKENS = RegexpTokenizer(
     r"|(?:[^\W\d_]\.){2,}"                  # u.s., a.m.
     r"|\d+(?:[.,:/]\d+)*"                   # 1,000  4.5  9/11
     r"|(?i:n't)\b|'(?i:s|re|ve|ll|d|m)\b|\w+?(?=(?i:n't)\b)"            # can't -> ca n't, Iraq's -> Iraq 's
-    r"|\w+|\.{2,}|-{2,}|[^\w\s]")           # words, dashes and dots in a row, every other sign alone
+    r"|\w+|\.{2,}|-{2,}|[^\w\s]")           # words, dashes and dots in a row, every other sign by itself
 
 
-def tokenize(text: str, lowercase: bool = True) -> list[str]:
-    """Tokens of a text: entities become characters, mark-up stays, nothing needs NLTK's data.
+# ----------------------------------------------------------------------------------------------------- tokens
+def tokenize(text: str) -> list[str]:
+    """The lower-cased tokens of a text. Entities become characters, mark-up stays.
 
     "Oil #39;s up &lt;b&gt;4.5%&lt;/b&gt;." -> ["oil", "'s", "up", "<b>", "4.5", "%", "</b>", "."]
     """
-    text = re.sub(r"&#(?=\d{8})", "& #", text)      # no character's number is as long, and Python refuses the longest
-    text = html.unescape(html.unescape(ENTITY.sub(r"&\1;", text)))
-    return TOKENS.tokenize(text.lower() if lowercase else text)
+    text = re.sub(r"&#(?=\d{8})", "& #", text)      # no character has such a number, and Python refuses long ones
+    text = ENTITY.sub(r"&\1;", text)
+    text = html.unescape(html.unescape(text))
+    return TOKENS.tokenize(text.lower())
 
 
-def tokenized(texts: Iterable[str], config, cache: Path | None = None) -> Tokens:
-    """The texts' Tokens; the cache is keyed by the texts and by all that decides how they are cut."""
-    version = f"{TOKENS._pattern} {ENTITY.pattern} lowercase={config.lowercase}"
-    return tokenize_corpus(texts, partial(tokenize, lowercase=config.lowercase), version, cache)
+def tokenize_texts(texts: Iterable[str], cache: Path | None = None) -> Tokens:
+    """The tokens of many texts, from the folder `cache` if the same texts were tokenized before."""
+    version = f"{TOKENS._pattern} {ENTITY.pattern}"         # another pattern gives another cache
+    return tokenize_corpus(texts, tokenize, version, cache)
 
 
 class Vocabulary:
-    """words[i] is the word of id i; the first four are <pad> <unk> <s> </s>, and no text can spell them."""
+    """words[i] is the word with id i. The first four are <pad> <unk> <s> </s>, which no token of a text can become."""
 
     def __init__(self, words: Sequence[str]):
         self.words = list(words)
@@ -57,45 +60,67 @@ class Vocabulary:
 
     @classmethod
     def count(cls, types: Sequence[str], counts: np.ndarray, min_count: int) -> "Vocabulary":
-        """Words counted at least `min_count` times, most frequent first, ties by spelling."""
-        kept = [(-int(n), word) for word, n in zip(types, counts, strict=True) if n >= min_count]
-        return cls(SPECIAL + [word for _, word in sorted(kept) if word not in SPECIAL])
+        """The words that are counted at least `min_count` times, most frequent first, ties in alphabetical order."""
+        frequent = [(-int(n), word) for word, n in zip(types, counts, strict=True) if n >= min_count]
+        return cls(SPECIAL + [word for _, word in sorted(frequent) if word not in SPECIAL])
 
     def __len__(self) -> int:
         return len(self.words)
 
     def ids(self, types: Iterable[str]) -> np.ndarray:
-        """(types,) int64 word ids, <unk> for what is not a word of the vocabulary."""
+        """(types,) int64 word ids; UNK for a type that is no word of the vocabulary."""
         return np.array([self.index.get(token, UNK) for token in types], dtype=np.int64)
 
 
 @dataclass
 class Encoded:
-    """Tokens with what the model needs of them: lookup (types,) word ids; chars from `spell` for the char model."""
+    """Tokens in the ids of a vocabulary. A type is a distinct token of the texts, a word one of the vocabulary.
+
+    lookup: (types,) word id of each type; chars: (4 + types, L) from `character_codes`, for the char model only.
+    """
     tokens: Tokens
     lookup: np.ndarray
     chars: Tensor | None = None
 
     @classmethod
-    def of(cls, tokens: Tokens, words: Vocabulary, config) -> "Encoded":
-        """Any corpus, in the ids of this vocabulary."""
-        lookup = words.ids(tokens.types)
-        if config.representation != "char":
-            return cls(tokens, lookup)
-        return cls(tokens, lookup, torch.from_numpy(spell(tokens.types, config.max_chars, len(SPECIAL))))
+    def of(cls, tokens: Tokens, words: Vocabulary, representation: str) -> "Encoded":
+        chars = None
+        if representation == "char":
+            chars = torch.from_numpy(character_codes(tokens.types, len(SPECIAL)))
+        return cls(tokens, words.ids(tokens.types), chars)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """(rows,) number of tokens of each row."""
+        return np.diff(self.tokens.offsets)
+
+    def types(self, row: int) -> np.ndarray:
+        """(tokens,) int64 type ids of a row."""
+        begin, end = self.tokens.offsets[row:row + 2]
+        return self.tokens.ids[begin:end].astype(np.int64)
+
+    def ids(self, row: int) -> np.ndarray:
+        """(tokens,) int64 word ids of a row."""
+        return self.lookup[self.types(row)]
+
+    def flat(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens,) word ids of some rows, one after the other, and (rows + 1,) offsets."""
+        ids = [self.ids(row) for row in rows]
+        return np.concatenate([*ids, np.zeros(0, np.int64)]), np.append(0, np.cumsum(self.lengths[rows]))
 
     def unknown(self, rows: np.ndarray | slice = slice(None)) -> float:
-        """Share of <unk> among the tokens of these rows, or of all."""
+        """Share of <unk> among the tokens of these rows."""
         counts = self.tokens.counts(rows)
         return float(counts[self.lookup == UNK].sum() / max(1, counts.sum()))
 
 
+# ------------------------------------------------------------------------------------------------------- data
 @dataclass
 class Data:
-    """A tokenized corpus, its vocabulary from the training rows alone, and its sets of row numbers.
+    """A tokenized corpus, its vocabulary made from the training rows, and the row numbers of training and validation.
 
-    test: a corpus in the same ids and the numbers of its test rows; texts: train.csv's and test.csv's descriptions,
-    from which near copies are told. Both only for the script's run.
+    Only the script's run has the others. test: a corpus in the same ids, and the numbers of its test rows.
+    texts: the descriptions of train.csv and test.csv, by which near copies are found.
     """
     words: Vocabulary
     encoded: Encoded
@@ -107,82 +132,76 @@ class Data:
     @classmethod
     def of(cls, texts: Sequence[str], config, train: np.ndarray, validation: np.ndarray,
            cache: Path | None = None) -> "Data":
-        """Data of any texts."""
-        return cls.of_tokens(tokenized(texts, config, cache), config, train, validation)
+        """Data of any texts; config: min_count, representation."""
+        return cls.of_tokens(tokenize_texts(texts, cache), config, train, validation)
 
     @classmethod
     def of_tokens(cls, tokens: Tokens, config, train: np.ndarray, validation: np.ndarray) -> "Data":
         words = Vocabulary.count(tokens.types, tokens.counts(train), config.min_count)
-        return cls(words, Encoded.of(tokens, words, config), train, validation)
+        return cls(words, Encoded.of(tokens, words, config.representation), train, validation)
 
     @classmethod
     def of_ag_news(cls, config, cache: Path) -> "Data":
-        """Descriptions of train.csv, `validation` of them kept apart, and as test rows those of test.csv."""
-        texts, test = (read_ag_news(*part).description.tolist() for part in (("train", config.rows), ("test",)))
-        data = cls.of(texts, config, *split(len(texts), config.validation, config.seed), cache)
-        encoded = Encoded.of(tokenized(test, config, cache), data.words, config)
-        data.test, data.texts = (encoded, np.arange(len(test))), (texts, test)
+        """The descriptions of train.csv, `config.validation` of them as validation rows, and of test.csv as test."""
+        texts = read_ag_news("train", config.rows).description.tolist()
+        test_texts = read_ag_news("test").description.tolist()
+        train, validation = split(len(texts), config.validation, config.seed)
+        data = cls.of(texts, config, train, validation, cache)
+        test = Encoded.of(tokenize_texts(test_texts, cache), data.words, config.representation)
+        data.test = (test, np.arange(len(test_texts)))
+        data.texts = (texts, test_texts)
         return data
 
     @classmethod
     def of_plain_text(cls, path: str, config, cache: Path) -> "Data":
-        """Lines of a file or folder, `validation` of them kept apart for validation and as many for test."""
+        """The lines of a file or folder, `config.validation` of them for validation and as many for test.
+
+        A line of more than LONGEST tokens becomes several rows, all of them in the same part.
+        """
         if config.rows:
             raise InputError("--rows is for train.csv; with --corpus name a shorter file")
-        lines, kept = tokenized(Lines(path), config, cache), config.validation
-        if len(lines) <= 2 * kept:
-            raise InputError(f"{path} has {len(lines):,} lines, of which validation and test take {kept:,} each; "
+        lines = tokenize_texts(Lines(path), cache)
+        size = config.validation
+        if len(lines) <= 2 * size:
+            raise InputError(f"{path} has {len(lines):,} lines, of which validation and test take {size:,} each; "
                              "choose a smaller --validation or name more text")
-        train, held_out = split(len(lines), 2 * kept, config.seed)
-        tokens, line = lines.cut(LONGEST)               # the parts of a line stay on one side
-        train, validation, test = (np.flatnonzero(np.isin(line, part)) for part in (
-            train, *(held_out[half] for half in split(2 * kept, kept, config.seed))))
+        train_lines, others = split(len(lines), 2 * size, config.seed)
+        first_half, second_half = split(2 * size, size, config.seed)
+        tokens, line_of_row = lines.cut(LONGEST)
+        train = np.flatnonzero(np.isin(line_of_row, train_lines))
+        validation = np.flatnonzero(np.isin(line_of_row, others[first_half]))
         data = cls.of_tokens(tokens, config, train, validation)
-        data.test = (data.encoded, test)
+        data.test = (data.encoded, np.flatnonzero(np.isin(line_of_row, others[second_half])))
         return data
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the vocabulary and of the training rows' words in their order."""
+        """SHA-256 of the vocabulary and of the training rows' tokens."""
         tokens = self.encoded.tokens
-        found = hashlib.sha256("\n".join(self.words.words).encode("utf-8", "surrogatepass"))
+        sha = hashlib.sha256("\n".join(self.words.words).encode("utf-8", "surrogatepass"))
         for part in (self.train, tokens.offsets, self.encoded.lookup, tokens.ids):
-            found.update(np.ascontiguousarray(part).data)
-        return found.hexdigest()
+            sha.update(np.ascontiguousarray(part).data)
+        return sha.hexdigest()
 
     def counts(self) -> np.ndarray:
-        """(V,) how often each word is a target of the training rows; either boundary symbol ends one stream a row."""
+        """(V,) how often each word is a target in the training rows; <s> and </s> are one per row and direction."""
         counts = np.bincount(self.encoded.lookup, weights=self.encoded.tokens.counts(self.train),
                              minlength=len(self.words))
         counts[[BOS, EOS]] = len(self.train)
         return counts
 
+    def unknown(self) -> dict[str, float]:
+        """Share of <unk> among the tokens of the training, validation and test rows."""
+        test, test_rows = self.test
+        return {"train": self.encoded.unknown(self.train), "validation": self.encoded.unknown(self.validation),
+                "test": test.unknown(test_rows)}
 
-class Texts:
-    """A part of a task in the ids of an ELMo: a pair's first texts, then its second ones."""
-
-    def __init__(self, part: Part, elmo, cache: Path | None = None):
-        self.labels, self.pair = torch.from_numpy(part.labels), len(part) > 0 and len(part.texts[0]) == 2
-        sides = [texts[side] for side in range(1 + self.pair) for texts in part.texts]
-        self.encoded = Encoded.of(tokenized(sides, elmo.config, cache), elmo.words, elmo.config)
-        self.words = np.diff(self.encoded.tokens.offsets)                       # (N,) or (2 N,)
-        self.lengths = self.words.reshape(1 + self.pair, -1).max(axis=0)        # (N,)
-
-
-def batches(lengths: np.ndarray, positions: int, generator: np.random.Generator | None = None) -> list[np.ndarray]:
-    """Row numbers in batches of about equal length and at most `positions` cells (one row, where it alone is longer).
-
-    Sorted by length, ties and the order of batches at random: under 5 % of the cells pad, and every epoch has the
-    same number of batches. Without a generator the order is by length.
-    """
-    tie = generator.random(len(lengths)) if generator else np.zeros(len(lengths))
-    order = np.lexsort((tie, lengths))
-    out, start = [], 0
-    sizes = lengths[order] + 1
-    while start < len(order):
-        end = start + 1
-        while end < len(order) and (end + 1 - start) * sizes[end] <= positions:
-            end += 1
-        out.append(order[start:end])
-        start = end
-    return [out[i] for i in generator.permutation(len(out))] if generator else out
+    def fresh(self) -> dict[str, np.ndarray]:
+        """For AG News {"validation", "test"}: (rows,) bool, False for near copies of training rows; {} for other texts."""
+        if self.texts is None:
+            return {}
+        train, test = self.texts
+        known = [train[row] for row in self.train]
+        everything = read_ag_news("train").description      # all of train.csv, even if the run uses a part
+        return {"validation": fresh_rows(known, [train[row] for row in self.validation]),
+                "test": fresh_rows(everything, test)}

@@ -1,13 +1,14 @@
-"""Makes report.pdf from models/*.json and its figures, and runs explore.ipynb on the published files.
+"""Makes everything that shows the numbers in models/*.json: figures, the README's results, report.pdf, explore.ipynb.
 
-`python report/build.py` takes a minute. Typst is pinned and reads its own fonts alone, so that the same JSON and
-figures give the same PDF byte for byte; the notebook reads AG News' test rows.
+`python report/build.py` takes about a minute; the notebook reads the test rows of AG News. Typst has a pinned version
+and uses its own fonts only, so the same JSON files and figures give the same PDF byte for byte.
 """
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # run as `python report/build.py`
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # for `python report/build.py`
 
 try:
     import nbformat
@@ -15,59 +16,214 @@ try:
     from nbclient import NotebookClient
     from nbclient.exceptions import CellControlSignal, CellExecutionError, DeadKernelError
 except ModuleNotFoundError as missing:
-    sys.exit(f"build.py: the package {missing.name} is not here; run `pip install -r requirements-dev.txt`")
+    sys.exit(f"build.py: the package {missing.name} is missing; run `pip install -r requirements-dev.txt`")
 
-from data.files import InputError, one_line, write_atomically, written_json
-from data.knobs import script
-from data.prepare import ag_news_folder
+from data.ag_news import ag_news_folder
+from report.figures import findings
+from run.figures import classification, pretraining
+from run.files import InputError, one_line, read_json, read_text, write_atomically
+from run.options import script
 
-HERE = Path(__file__).resolve().parent
-MADE_BY = {"pretraining": "python ELMO.py", "classification": "python classification.py --seeds 3",
-           "bench": "make bench", "faults": "make faults", "findings": "make findings", "baselines": "make train",
-           "finetuned": "make train", "titled": "make train", "sst5": "make tasks", "sst2": "make tasks",
-           "nli": "make tasks"}
+ROOT = Path(__file__).resolve().parent.parent
+CLASSIFICATIONS = ("classification", "finetuned", "titled", "sst5", "sst2", "nli")
+MADE_BY = {
+    "pretraining": "python ELMO.py",
+    "classification": "python classification.py --seeds 3",
+    "baselines": "make train",
+    "finetuned": "make train",
+    "titled": "make train",
+    "sst5": "make tasks",
+    "sst2": "make tasks",
+    "nli": "make tasks",
+    "findings": "make findings",
+    "bench": "make bench",
+    "faults": "make faults"}
 FINDINGS = {"heatmap", "labels", "leaks", "map", "mixes", "neighbours", "senses", "settings", "weights"}
+SETTINGS = ("trainable", "frozen", "function")
 
 
-def pdf() -> bytes:
-    """The report, compiled; InputError where a JSON or a figure that it shows is missing or of another biLM."""
+# --------------------------------------------------------------------------------------------------------- inputs
+def check_numbers(folder: Path) -> None:
+    """Raises InputError if a JSON file or a finding that the report shows is missing from `folder`."""
     for name, command in MADE_BY.items():
-        path = HERE.parent / "models" / f"{name}.json"
+        path = folder / f"{name}.json"
         if not path.exists():
             raise InputError(f"{path} is missing; `{command}` makes it")
-    with written_json(HERE.parent / "models" / "findings.json") as found:
-        if missing := sorted(FINDINGS - set(found)):
-            raise InputError(f"models/findings.json has no finding `{missing[0]}`; `make findings` adds it")
+    with read_json(folder / "findings.json") as found:
+        absent = sorted(FINDINGS - set(found))
+    if absent:
+        raise InputError(f"findings.json has no finding `{absent[0]}`; `make findings` adds it")
+
+
+def draw_figures(folder: Path) -> None:
+    """Draws all pictures in FOLDER/figures/ again from the JSON files in `folder`."""
+    with read_json(folder / "pretraining.json") as result:
+        pretraining(result, folder)
+    for name in CLASSIFICATIONS:
+        with read_json(folder / f"{name}.json") as result:
+            classification(result, folder, "" if name == "classification" else name)
+    with read_json(folder / "findings.json") as result:
+        findings(result, folder)
+
+
+# -------------------------------------------------------------------------------------------------------- results
+def percent(share: float) -> str:
+    """92.43 for 0.92425. A tie goes up, as in the report, even if the binary fraction lies below it."""
+    return f"{100 * share + 1e-9:.2f}"
+
+
+def mean_and_std(number: dict) -> str:
+    """"91.23 ± 0.10", in percent; only the mean if there is one seed."""
+    shown = percent(number["mean"])
+    if number["std"] is not None:
+        shown += f" ± {percent(number['std'])}"
+    return shown
+
+
+def perplexity_line(r: dict) -> tuple[str, str, str]:
+    """(what, number, command) of the language models, from pretraining.json; so do the functions below."""
+    test = r["splits"]["test"]
+    forward = test["forward"]["perplexity"]
+    backward = test["backward"]["perplexity"]
+    kneser_ney = test["forward"]["kneser_ney_perplexity"]
+    what = f"test perplexity, full softmax over {r['vocabulary']:,} words, forward and backward; Kneser-Ney, forward"
+    return what, f"{forward:.1f}, {backward:.1f}; {kneser_ney:.1f}", r["command"]
+
+
+def accuracy_line(what: str, r: dict) -> tuple[str, str, str]:
+    """The test accuracy in the setting that is best on validation rows."""
+    settings = r["settings"]
+    best = max(settings, key=lambda name: settings[name]["validation"]["accuracy"]["mean"])
+    accuracy = mean_and_std(settings[best]["test"]["accuracy"])
+    return f"{what} (setting `{best}`)", f"{accuracy} %", r["command"]
+
+
+def baseline_line(r: dict) -> tuple[str, str, str]:
+    """How far the settings are from Word2Vec under the same head: mean of the seeds, then ensemble and its test."""
+    word2vec = r["rows"]["word2vec"]
+    means = []
+    ensembles = []
+    for name in SETTINGS:
+        row = r["rows"][name]
+        test = row["against"]["word2vec"]
+        means.append(f"{100 * (row['test']['mean'] - word2vec['test']['mean']):+.2f}")
+        ensembles.append(f"{100 * test['difference']:+.2f} (p = {test['p']:.1g})")
+    what = (f"points above Word2Vec under the same head, settings `{'`, `'.join(SETTINGS)}`: mean of "
+            f"{word2vec['seeds']} seeds; the seeds' mean probabilities")
+    return what, f"{', '.join(means)}; {', '.join(ensembles)}", r["command"]
+
+
+def labels_line(r: dict) -> tuple[str, str, str]:
+    """ELMo with 1 % of the labels beside Word2Vec with 3 %."""
+    r = r["labels"]
+    shown = []
+    for system, share in (("elmo", 1.0), ("word2vec", 3.0)):
+        point = r["systems"][system][r["shares"].index(share)]
+        accuracy = 100 * sum(point["test"]) / len(point["test"])
+        shown.append(f"{accuracy:.1f} %")
+    what = f"test accuracy with 1 % of the labels and {r['chosen_on']:,} to choose weights by; Word2Vec with 3 %"
+    return what, "; ".join(shown), r["command"]
+
+
+def senses_line(r: dict) -> tuple[str, str, str]:
+    """How often the nearest uses of an ambiguous word have its class."""
+    r = r["senses"]
+    vote = 100 * r["votes"][r["best"]]
+    majority = 100 * r["majority"]
+    what = "class of an ambiguous word's use predicted by its nearest uses; by the word's most frequent class"
+    return what, f"{vote:.1f} %; {majority:.1f} %", r["command"]
+
+
+def speed_line(r: dict) -> tuple[str, str, str]:
+    """Training speed, with the machine."""
+    machine = r["machine"]
+    what = f"targets per second of training on {machine['cores']} cores ({machine['device']})"
+    return what, f"{r['tokens_per_second']:,.0f}", r["command"]
+
+
+def kills_line(r: dict) -> tuple[str, str, str]:
+    """Killed runs that ended with the weights of an undisturbed run."""
+    kills = r["kills"]
+    what = "runs killed at random moments, of them with a saved state; resumed to the same weights bit for bit"
+    return what, f"{kills['tried']}, {kills['with_state']}; {kills['survived']}", r["command"]
+
+
+LINES = [
+    ("pretraining", perplexity_line),
+    ("classification", partial(accuracy_line, "test accuracy on AG News, the biLM frozen")),
+    ("baselines", baseline_line),
+    ("finetuned", partial(accuracy_line, "AG News, the biLM fine-tuned")),
+    ("titled", partial(accuracy_line, "AG News with titles, the biLM fine-tuned")),
+    ("sst5", partial(accuracy_line, "SST, five classes, whole sentences")),
+    ("sst2", partial(accuracy_line, "SST, two classes")),
+    ("nli", partial(accuracy_line, "a subset of MultiNLI's evaluation rows")),
+    ("findings", labels_line),
+    ("findings", senses_line),
+    ("bench", speed_line),
+    ("faults", kills_line)]
+
+
+def results(folder: Path) -> str:
+    """The README's table of what the project shows, from the JSON files in `folder`, with the commands."""
+    lines = ["| what | measured | by |", "|---|---|---|"]
+    for name, line in LINES:
+        with read_json(folder / f"{name}.json") as r:
+            what, number, command = line(r)
+        lines.append(f"| {what} | {number} | `{command}` |")
+    return "\n".join(lines)
+
+
+def with_results(readme: str, folder: Path) -> str:
+    """The README with the table between its markers written anew."""
+    begin = "<!-- results -->\n"
+    end = "\n<!-- end -->"
+    before, rest = readme.split(begin)
+    after = rest.split(end)[1]
+    return before + begin + results(folder) + end + after
+
+
+# ------------------------------------------------------------------------------------------- report and notebook
+def pdf(root: Path) -> bytes:
+    """The compiled report. Raises InputError if the numbers in ROOT/models do not belong together."""
     try:
-        return typst.compile(HERE / "report.typ", root=HERE.parent, ignore_system_fonts=True)
+        return typst.compile(root / "report" / "report.typ", root=root, ignore_system_fonts=True)
     except typst.TypstError as error:
         raise InputError(f"report.typ cannot be compiled: {one_line(error)}") from None
 
 
-def executed() -> nbformat.NotebookNode:
-    """The notebook with its outputs, without times; InputError where it is damaged or a cell fails."""
+def executed(notebook: Path) -> str:
+    """The notebook with the outputs of its cells, without times. Raises InputError if it is damaged or a cell fails."""
     try:
-        book = nbformat.read(HERE / "explore.ipynb", as_version=4)
+        book = nbformat.read(notebook, as_version=4)
     except ValueError as error:
-        raise InputError(f"explore.ipynb is no notebook: {one_line(error)}; restore it") from None
-    client = NotebookClient(book, timeout=300, record_timing=False, resources={"metadata": {"path": str(HERE)}},
-                            extra_arguments=["--log-level=ERROR"])      # without its warnings of ports
+        raise InputError(f"{notebook} is no notebook: {one_line(error)}; restore it") from None
+    resources = {"metadata": {"path": str(notebook.parent)}}        # the folder in which the cells run
+    client = NotebookClient(book, timeout=300, record_timing=False, resources=resources,
+                            extra_arguments=["--log-level=ERROR"])
     try:
         client.execute()
+    except CellExecutionError as error:
+        raise InputError(f"a cell of explore.ipynb fails: {error.ename}: {error.evalue}") from None
     except (CellControlSignal, DeadKernelError) as error:
-        said = f"{error.ename}: {error.evalue}" if isinstance(error, CellExecutionError) else one_line(error)
-        raise InputError(f"a cell of explore.ipynb fails: {said}") from None
-    book.metadata["language_info"] = {"name": "python"}     # no version: another one makes no other notebook
-    return book
+        raise InputError(f"a cell of explore.ipynb fails: {one_line(error)}") from None
+    book.metadata["language_info"] = {"name": "python"}     # without the version, which would differ between machines
+    return nbformat.writes(book) + "\n"
 
 
 @script("build.py")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0, 2 where something that the two show is missing; both files are written, or neither."""
-    ag_news_folder()                                        # its sentence, rather than a cell's
-    report, book = pdf(), nbformat.writes(executed()) + "\n"
-    write_atomically(HERE / "report.pdf", lambda file: file.write(report))
-    write_atomically(HERE / "explore.ipynb", lambda file: file.write(book.encode()))
+    """Exit status 0, or 2 if an input is missing; README, report and notebook are written only if all could be made."""
+    ag_news_folder()                # fails here rather than in a cell of the notebook
+    models = ROOT / "models"
+    report = ROOT / "report"
+    check_numbers(models)
+    draw_figures(models)
+    readme = with_results(read_text(ROOT / "README.md"), models)
+    compiled = pdf(ROOT)
+    notebook = executed(report / "explore.ipynb")
+    write_atomically(ROOT / "README.md", lambda file: file.write(readme.encode()))
+    write_atomically(report / "report.pdf", lambda file: file.write(compiled))
+    write_atomically(report / "explore.ipynb", lambda file: file.write(notebook.encode()))
     return 0
 
 

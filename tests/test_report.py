@@ -1,4 +1,4 @@
-"""The report and the notebook: what they show is in models/*.json and the published files, and nothing is typed."""
+"""Figures, README results, report and notebook show the numbers in models/*.json, and none is typed by hand."""
 import json
 import re
 import shutil
@@ -7,12 +7,17 @@ from contextlib import suppress
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from matplotlib.image import imread
+from matplotlib.text import Text
 
-from data.files import InputError
-from report import build, findings
+from report import build
+from report.figures import FINDINGS, few_labels
+from run import figures
+from run.files import InputError
 
 REPORT = ROOT / "report"
 TEXT = "-- text\n"                                      # the line of report.typ above which layout and helpers stand
@@ -21,14 +26,141 @@ WORDS = "one|two|three|four|five|six|seven|eight|nine|ten"
 UNITS = r"(%|percent|points?|seeds?|heads?|minutes|hours|rows|times|passes|words|systems|labels)"
 
 
-def copy_of_the_source(monkeypatch, folder: Path) -> None:
-    """Lets build.py compile a copy of the report in `folder`."""
-    (folder / "report").mkdir()
+def numbers(name: str) -> dict:
+    """A committed JSON file."""
+    return json.loads((ROOT / "models" / f"{name}.json").read_text())
+
+
+@pytest.fixture
+def project(tmp_path) -> Path:
+    """A copy of the README, the models' JSON files with their figures, and the source of the report."""
+    shutil.copytree(ROOT / "models", tmp_path / "models", ignore=shutil.ignore_patterns("*.pt"))
+    (tmp_path / "report").mkdir()
     for name in ("report.typ", "references.bib"):
-        shutil.copy(REPORT / name, folder / "report")
-    monkeypatch.setattr(build, "HERE", folder / "report")
+        shutil.copy(REPORT / name, tmp_path / "report")
+    shutil.copy(ROOT / "README.md", tmp_path)
+    return tmp_path
 
 
+def change(path: Path, *keys: str, value) -> None:
+    """Sets content[key][key].. of a JSON file."""
+    content = json.loads(path.read_text())
+    place = content
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    path.write_text(json.dumps(content))
+
+
+# -------------------------------------------------------------------------------------------------------- figures
+def written(monkeypatch, draw, *arguments) -> dict[str, list[str]]:
+    """{file: all texts in its figure} of the pictures that draw(.., out) would write."""
+    found = {}
+    def remember(figure, path):
+        found[f"{path.parent.name}/{path.name}"] = [text.get_text() for text in figure.findobj(Text)]
+    monkeypatch.setattr(figures, "save", remember)
+    draw(*arguments)
+    return found
+
+
+def history() -> list[dict]:
+    """Two evaluations of two seeds."""
+    return [{"epoch": e, "train_loss": 0.5, "validation": {"frozen": {"accuracy": [0.5, 0.7], "loss": [0.9, 0.8]}}}
+            for e in (0.5, 1.0)]
+
+
+def two_classes(confusion: list | None) -> dict:
+    """Numbers of a classification with two seeds, as far as figures read them."""
+    ensemble = {"rows": 10, "accuracy": 0.7}
+    if confusion is not None:
+        ensemble["confusion"] = confusion
+    part = {"ensemble": ensemble, "seeds": [{}, {}]}
+    return {"task": "ag_news", "labels": ["cat", "dog"], "config": {"phrases": True}, "history": [history()],
+            "settings": {"frozen": {"train": part, "validation": part, "test": part}}}
+
+
+def test_a_confusion_matrix_shows_counts_and_percent_of_each_gold_class(monkeypatch, tmp_path):
+    found = written(monkeypatch, figures.classification, two_classes([[3, 2], [1, 4]]), tmp_path, "")
+    assert set(found) == {"figures/confusion_frozen_train.png", "figures/confusion_frozen_test.png",
+                          "figures/curves_classification.png"}
+    texts = found["figures/confusion_frozen_test.png"]
+    for cell in ("3\n60.0 %", "2\n40.0 %", "1\n20.0 %", "4\n80.0 %", "gold class", "predicted class"):
+        assert cell in texts
+    title, = [text for text in texts if "test rows" in text]
+    assert "70.00% right, mean probabilities of 2 seeds" in title and "(n = 10)" in title
+    assert "cat is taken for dog" in title
+
+
+def test_numbers_without_a_confusion_matrix_get_curves_only(monkeypatch, tmp_path):
+    found = written(monkeypatch, figures.classification, two_classes(None), tmp_path, "titled")
+    assert list(found) == ["figures/curves_titled.png"]
+    texts = found["figures/curves_titled.png"]
+    assert any("ends at 60.0 % with frozen (n = 10 rows, 2 seeds" in text for text in texts)
+
+
+def test_words_are_confused_by_percent_and_small_shares_are_blank(monkeypatch, tmp_path):
+    confusion = {"words": ["the", "a", "(other)"], "counts": [[96, 4, 0], [30, 60, 10], [0, 0, 100]]}
+    result = {"history": [], "confusion": confusion}
+    texts = written(monkeypatch, figures.pretraining, result, tmp_path)["figures/confusion_words.png"]
+    assert {"96", "30", "60", "10", "100"} <= set(texts) and "4" not in texts
+    assert any("right on 78% of the 200 occurrences of the 2 most frequent" in text for text in texts)     # 156 / 200
+
+
+def test_curves_of_several_runs_are_those_of_all_their_seeds():
+    values = figures.validation_values([history(), history()], "frozen", "accuracy")
+    assert np.array_equal(values, [[0.5, 0.7, 0.5, 0.7]] * 2)
+
+
+def test_few_labels_are_drawn_at_their_shares():
+    points = [{"test": [accuracy, accuracy]} for accuracy in (0.5, 0.6, 0.7)]
+    axes, = few_labels({"shares": [1.0, 3.0, 100.0], "rows": [1, 3, 100], "measured": 7, "chosen_on": 5,
+                        "systems": {"elmo": points, "word2vec": points}}).axes
+    assert np.allclose(axes.lines[0].get_xydata(), [[1, 50], [3, 60], [100, 70]])
+    assert "ELMo is right on 50.0 %, Word2Vec with 3 % on 60.0 %" in axes.get_title()
+
+
+def test_the_committed_figures_are_those_of_the_committed_json(project):
+    folder = project / "models" / "figures"
+    shutil.rmtree(folder)
+    build.draw_figures(project / "models")
+    committed = ROOT / "models" / "figures"
+    assert {path.name for path in folder.iterdir()} == {path.name for path in committed.iterdir()}
+    for name in ("confusion_frozen_test.png", "curves_finetuned.png", "finding_labels.png"):
+        drawn = imread(folder / name)
+        before = imread(committed / name)
+        assert drawn.shape == before.shape, name
+        assert np.abs(drawn - before).mean() < 0.001, name              # 0 black, 1 white
+
+
+# --------------------------------------------------------------------------------------------------------- README
+def test_the_results_of_the_readme_are_those_of_the_json():
+    readme = (ROOT / "README.md").read_text()
+    assert build.with_results(readme, ROOT / "models") == readme
+    assert readme.count("<!-- ") == 2                   # one table
+
+
+@pytest.mark.parametrize("name, keys, value, shown", [
+    ("pretraining", ("splits", "test", "backward", "perplexity"), 33.349, ", 33.3;"),
+    ("classification", ("settings", "frozen", "test", "accuracy"), {"mean": 0.12345, "std": 0.5}, "12.35 ± 50.00 %"),
+    ("sst2", ("settings", "function", "test", "accuracy"), {"mean": 0.2, "std": None}, "| 20.00 % |"),
+    ("findings", ("senses", "votes"), [0.1, 0.2, 0.333], "33.3 %"),
+    ("faults", ("kills", "survived"), 98, "; 98 |")])
+def test_the_results_follow_the_json(project, name, keys, value, shown):
+    assert shown not in build.results(project / "models")
+    change(project / "models" / f"{name}.json", *keys, value=value)
+    assert shown in build.results(project / "models")
+
+
+def test_the_setting_in_the_results_is_the_best_on_validation_rows(project):
+    path = project / "models" / "nli.json"
+    accuracies = {"validation": {"frozen": 0.9, "function": 0.1}, "test": {"frozen": 0.3, "function": 0.8}}
+    for part, values in accuracies.items():
+        for setting, mean in values.items():
+            change(path, "settings", setting, part, "accuracy", value={"mean": mean, "std": None})
+    assert "(setting `frozen`) | 30.00 %" in build.results(project / "models")
+
+
+# --------------------------------------------------------------------------------------------------------- report
 def unpacked(pdf: bytes) -> list[bytes]:
     """A PDF and each of its packed streams that can be unpacked."""
     parts = [pdf]
@@ -49,8 +181,8 @@ def typed_numbers(source: str) -> list[str]:
     """
     text = re.sub(r"^ *//.*$", "", source[source.index(TEXT) + len(TEXT):], flags=re.MULTILINE)
     text = re.sub(rf"{PHRASES}|@\w+", "", text)
-    numbers = rf"\d*\.\d+|\d[\d,]*\d|\b\d ?%|\b(\d|{WORDS})[ -]?{UNITS}\b|\"\d+\""
-    return [found[0] for found in re.finditer(numbers, text)]
+    pattern = rf"\d*\.\d+|\d[\d,]*\d|\b\d ?%|\b(\d|{WORDS})[ -]?{UNITS}\b|\"\d+\""
+    return [found[0] for found in re.finditer(pattern, text)]
 
 
 @pytest.mark.parametrize("typed", [
@@ -69,74 +201,64 @@ def test_no_number_of_the_report_is_typed_by_hand():
 
 def test_the_report_is_what_its_source_makes_of_the_committed_json():
     committed = (REPORT / "report.pdf").read_bytes()
-    assert build.pdf() == committed
+    assert build.pdf(ROOT) == committed
     assert 8 <= pages(committed) <= 14
 
 
-def test_the_report_without_a_json_says_which_one_is_missing(monkeypatch, tmp_path, capsys, ag_news):
-    copy_of_the_source(monkeypatch, tmp_path)
-    assert build.main([]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "pretraining.json is missing" in error and "python ELMO.py" in error
-    assert not (tmp_path / "report" / "report.pdf").exists()
+@pytest.mark.parametrize("name", sorted(build.MADE_BY))
+def test_the_report_without_a_json_says_which_one_is_missing(project, name):
+    (project / "models" / f"{name}.json").unlink()
+    with pytest.raises(InputError, match=rf"{name}\.json is missing; `{re.escape(build.MADE_BY[name])}`"):
+        build.check_numbers(project / "models")
 
 
-def test_the_report_refuses_numbers_of_another_bilm(monkeypatch, tmp_path):
-    shutil.copytree(ROOT / "models", tmp_path / "models", ignore=shutil.ignore_patterns("*.pt"))
-    copy_of_the_source(monkeypatch, tmp_path)
-    assert build.pdf()
-    content = json.loads((tmp_path / "models" / "sst5.json").read_text())
-    (tmp_path / "models" / "sst5.json").write_text(json.dumps(content | {"bilm": "0" * 64}))
-    with pytest.raises(InputError, match=r"sst5\.json is of another biLM"):
-        build.pdf()
-
-
-def test_the_report_refuses_findings_that_are_older_than_the_runs(monkeypatch, tmp_path):
-    shutil.copytree(ROOT / "models", tmp_path / "models", ignore=shutil.ignore_patterns("*.pt"))
-    copy_of_the_source(monkeypatch, tmp_path)
-    for name, key in (("classification", "together"), ("finetuned", "together"), ("classification", "accuracy")):
-        path = tmp_path / "models" / f"{name}.json"
-        content = json.loads((ROOT / "models" / f"{name}.json").read_text())
-        test = content["settings"]["trainable"]["test"]
-        test[key] |= {"accuracy": 0.9} if key == "together" else {"mean": 0.9}
-        path.write_text(json.dumps(content))
-        older = "findings" if key == "together" else "baselines"
-        with pytest.raises(InputError, match=rf"{older}\.json is older than the runs beside it; run"):
-            build.pdf()
-        shutil.copy(ROOT / "models" / f"{name}.json", path)
-    assert build.pdf()
+@pytest.mark.parametrize("name", sorted(build.FINDINGS))
+def test_the_report_without_a_finding_says_which_one_is_missing(project, name):
+    path = project / "models" / "findings.json"
+    content = json.loads(path.read_text())
+    del content[name]
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=f"no finding `{name}`"):
+        build.check_numbers(project / "models")
 
 
 def test_the_report_asks_for_every_finding():
-    assert set(findings.FINDINGS) == build.FINDINGS
+    assert set(FINDINGS) <= build.FINDINGS <= set(numbers("findings"))
 
 
-@pytest.mark.parametrize("finding", sorted(build.FINDINGS))
-def test_the_report_without_a_finding_says_which_one_is_missing(monkeypatch, tmp_path, finding):
-    shutil.copytree(ROOT / "models", tmp_path / "models", ignore=shutil.ignore_patterns("*.pt", "*.png"))
-    copy_of_the_source(monkeypatch, tmp_path)
-    content = json.loads((tmp_path / "models" / "findings.json").read_text())
-    del content[finding]
-    (tmp_path / "models" / "findings.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match=f"no finding `{finding}`"):
-        build.pdf()
+def test_the_report_refuses_numbers_of_another_bilm(project):
+    change(project / "models" / "sst5.json", "bilm", value="0" * 64)
+    with pytest.raises(InputError, match=r"sst5\.json is of another biLM"):
+        build.pdf(project)
 
 
-def test_a_cell_that_fails_is_one_sentence_and_changes_nothing(monkeypatch, tmp_path, capsys, ag_news):
-    monkeypatch.setattr(build, "HERE", tmp_path)
-    monkeypatch.setattr(build, "pdf", lambda: b"a report")
+@pytest.mark.parametrize("keys, value, older", [
+    (("ensemble", "accuracy"), 0.9, "findings"),
+    (("accuracy", "mean"), 0.9, "baselines")])
+def test_the_report_refuses_findings_and_baselines_that_are_older_than_the_runs(project, keys, value, older):
+    change(project / "models" / "classification.json", "settings", "trainable", "test", *keys, value=value)
+    with pytest.raises(InputError, match=rf"{older}\.json is older than the runs beside it; run"):
+        build.pdf(project)
+
+
+# ------------------------------------------------------------------------------------------------------- notebook
+def test_a_cell_that_fails_is_one_sentence_and_changes_no_text(monkeypatch, project, capsys, ag_news):
+    monkeypatch.setattr(build, "ROOT", project)
+    monkeypatch.setattr(build, "draw_figures", lambda folder: None)
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 0")])
-    nbformat.write(notebook, tmp_path / "explore.ipynb")
-    before = (tmp_path / "explore.ipynb").read_bytes()
+    nbformat.write(notebook, project / "report" / "explore.ipynb")
+    (project / "README.md").write_text("<!-- results -->\nold\n<!-- end -->\n")
+    before = (project / "report" / "explore.ipynb").read_bytes()
     assert build.main([]) == 2
     error = capsys.readouterr().err
     assert "ZeroDivisionError" in error and error.count("build.py:") == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["explore.ipynb"]
-    assert (tmp_path / "explore.ipynb").read_bytes() == before
+    assert (project / "README.md").read_text() == "<!-- results -->\nold\n<!-- end -->\n"
+    assert (project / "report" / "explore.ipynb").read_bytes() == before
+    assert not (project / "report" / "report.pdf").exists()
 
 
 def shown(book: nbformat.NotebookNode) -> list[list]:
-    """Of every cell: words and whole numbers that its outputs show as text, and which other kinds it shows."""
+    """For every cell: the words and whole numbers that its outputs show as text, and the other kinds that it shows."""
     def output(o) -> list:
         text = o.get("text") or o.get("data", {}).get("text/plain", "")
         return [o.output_type, sorted(o.get("data", {})), re.findall(r"[A-Za-z_/]{3,}|(?<![\d.])\d+(?![\d.])", text)]
@@ -145,11 +267,13 @@ def shown(book: nbformat.NotebookNode) -> list[list]:
 
 def test_the_notebook_runs_on_the_published_files_and_shows_what_it_shows_now(ag_news):
     committed = nbformat.read(REPORT / "explore.ipynb", as_version=4)
-    found, now = shown(committed), shown(build.executed())
-    assert sum(bool(outputs) for outputs in found) >= 8 and "image/png" in str(found)
-    exact = [i for i, cell in enumerate(committed.cells) if "bf16" not in cell.source]      # whose ranks may round
-    assert [found[i] for i in exact] == [now[i] for i in exact]
-    assert [[o[:2] for o in outputs] for outputs in found] == [[o[:2] for o in outputs] for outputs in now]
+    executed = nbformat.reads(build.executed(REPORT / "explore.ipynb"), as_version=4)
+    before = shown(committed)
+    after = shown(executed)
+    assert sum(bool(outputs) for outputs in before) >= 8 and "image/png" in str(before)
+    exact = [i for i, cell in enumerate(committed.cells) if "bf16" not in cell.source]      # bf16 may change a rank
+    assert [before[i] for i in exact] == [after[i] for i in exact]
+    assert [[o[:2] for o in outputs] for outputs in before] == [[o[:2] for o in outputs] for outputs in after]
     for name in ("bilstm", "classifier"):
         digest = torch.load(ROOT / "models" / f"{name}.pt", weights_only=True)["digest"][:12]
         assert digest in str(committed.cells), name

@@ -1,0 +1,260 @@
+"""Classification tasks: AG News, the Stanford Sentiment Treebank (SST) and natural language inference (NLI).
+
+    task = read_task(config, bilm_config)       # Task: labels, train, validation, test
+    task.train.texts[0], task.train.labels[0]   # ("Oil prices fall.",), 2
+"""
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from nltk import Tree
+
+from data.ag_news import ag_news_folder, check_texts, fresh_rows, read_ag_news, split
+from data.text import Encoded, tokenize_texts
+from run.files import InputError, read_lines
+
+AG_NEWS_LABELS = ["World", "Sports", "Business", "Sci/Tech"]
+NLI_LABELS = ["entailment", "neutral", "contradiction"]
+SST5_LABELS = ["very negative", "negative", "neutral", "positive", "very positive"]
+SST2_LABELS = ["negative", "positive"]
+SST2_OF_SST5 = {0: 0, 1: 0, 3: 1, 4: 1}         # neutral phrases are left out
+
+
+@dataclass
+class Part:
+    """The rows of one part of a task: texts, each a tuple of one or two strings, and labels (rows,) from 0 on."""
+    texts: list[tuple[str, ...]]
+    labels: np.ndarray
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[int, tuple[str, ...]]]) -> "Part":
+        """Made from (label, texts) of each row."""
+        return cls([texts for _, texts in rows], np.array([label for label, _ in rows], dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, rows: np.ndarray) -> "Part":
+        """The rows with these numbers, in their order."""
+        return Part([self.texts[i] for i in rows], self.labels[rows])
+
+
+@dataclass
+class Task:
+    """A classification task.
+
+    corpus: the training texts for a language model; they differ from `train` if its rows are phrases or pairs.
+    fresh: (test rows,) bool, False for near copies of training rows; None if this is not known.
+    """
+    name: str
+    labels: list[str]
+    train: Part
+    validation: Part
+    test: Part
+    corpus: list[str]
+    fresh: np.ndarray | None = None
+
+    def with_labels(self, rows: int, seed: int) -> "Task":
+        """The same task with only `rows` labelled training rows, drawn by the seed; `corpus` stays whole."""
+        if rows > len(self.train):
+            raise InputError(f"rows is {rows}, but the task has {len(self.train)} training rows")
+        chosen = np.random.default_rng([seed, 5]).permutation(len(self.train))[:rows]
+        return replace(self, train=self.train.take(np.sort(chosen)))
+
+
+def read_task(config, bilm_config) -> Task:
+    """The task that a classification.Config names. The ELMO.Config tells which rows of AG News the biLM has not seen.
+
+    Raises InputError if files are missing or damaged.
+    """
+    if config.task == "ag_news":
+        task = ag_news_task(config.fields, bilm_config.validation, bilm_config.seed, bilm_config.rows)
+    elif config.task == "nli":
+        task = nli_task(config.validation, config.seed)
+    else:
+        task = sst_task(config.task == "sst2", config.phrases)
+    if config.rows:
+        return task.with_labels(config.rows, config.seed)
+    return task
+
+
+class EncodedTexts:
+    """A part of a task in the ids of an ELMo. Rows that are pairs have all their first texts before the second ones.
+
+    labels (N,); encoded: N rows, 2 N for pairs; words: (N,) or (2 N,) their lengths; lengths: (N,), of the longer text.
+    """
+
+    def __init__(self, part: Part, elmo, cache: Path | None = None):
+        self.labels = torch.from_numpy(part.labels)
+        self.pair = len(part) > 0 and len(part.texts[0]) == 2
+        texts = [row[0] for row in part.texts]
+        if self.pair:
+            texts += [row[1] for row in part.texts]
+        self.encoded = Encoded.of(tokenize_texts(texts, cache), elmo.words, elmo.config.representation)
+        self.words = self.encoded.lengths
+        self.lengths = self.words.reshape(2 if self.pair else 1, -1).max(axis=0)
+
+    def sides(self, rows: np.ndarray) -> tuple[np.ndarray, torch.Tensor]:
+        """Rows of `encoded` for these rows of the task, for pairs the first texts and then the second; their lengths."""
+        if self.pair:
+            rows = np.concatenate([rows, rows + len(self.lengths)])
+        return rows, torch.from_numpy(self.words[rows])
+
+
+def check_rows(texts: Sequence[str | tuple[str, str]], config) -> list[tuple[str, ...]]:
+    """The texts that a user gives a classifier, as `Part.texts`; config: two_texts, pair.
+
+    Raises InputError for an item that is no text, or no pair of texts if the classifier takes pairs.
+    """
+    if not config.two_texts:
+        return [(text,) for text in check_texts(texts)]
+    pairs = list(texts)
+    for i, pair in enumerate(pairs):
+        is_pair = isinstance(pair, (tuple, list)) and len(pair) == 2
+        if not is_pair or not all(isinstance(text, str) for text in pair):
+            raise InputError(f"text {i} is {str(pair)[:40]!r}; expected two texts (on a line: a tab between)")
+        if not any(text.strip() for text in pair):
+            raise InputError(f"text {i} has no words; there is nothing to classify")
+    if config.pair:
+        return [tuple(pair) for pair in pairs]
+    return [(with_title(*pair),) for pair in pairs]
+
+
+# ---------------------------------------------------------------------------------------------------- AG News
+def with_title(title: str, description: str) -> str:
+    """One text of a row's two fields."""
+    return f"{title} . {description}"
+
+
+def ag_news_part(table: pd.DataFrame, fields: str) -> Part:
+    """All rows of train.csv or test.csv; fields: "description" or "title+description"."""
+    texts = table.description.tolist()
+    if "title" in fields:
+        if not table.title.str.strip().any():
+            raise InputError(f"fields is {fields}, but {ag_news_folder()} has no titles; use --fields description")
+        texts = [with_title(*row) for row in zip(table.title, table.description, strict=True)]
+    return Part([(text,) for text in texts], table["class"].to_numpy() - 1)
+
+
+def ag_news_task(fields: str, validation: int, seed: int, first: int = 0) -> Task:
+    """AG News with the validation rows that ELMO.py takes from the `first` rows (0: all) of train.csv."""
+    table = read_ag_news("train")
+    test_table = read_ag_news("test")
+    known = ag_news_part(table, fields)
+    test = ag_news_part(test_table, fields)
+    _, validation_rows = split(first or len(known), validation, seed)
+    train = known.take(np.setdiff1d(np.arange(len(known)), validation_rows))
+    corpus = [text for text, in train.texts]
+    fresh = fresh_rows(table.description, test_table.description)
+    return Task("ag_news", AG_NEWS_LABELS, train, known.take(validation_rows), test, corpus, fresh)
+
+
+def task_folder(variable: str, files: Sequence[str], content: str) -> Path:
+    """The folder that an environment variable names. Raises InputError if one of the files is missing there."""
+    named = os.environ.get(variable)
+    if not named:
+        raise InputError(f"${variable} is not set; set it to a folder with {', '.join(files)} ({content})")
+    folder = Path(named)
+    for name in files:
+        if not (folder / name).is_file():
+            raise InputError(f"${variable} is {folder}, where {name} is missing; expected {', '.join(files)}")
+    return folder
+
+
+# -------------------------------------------------------------------------------------------------------- SST
+def sst_task(binary: bool, phrases: bool) -> Task:
+    """The Stanford Sentiment Treebank (Socher et al. 2013): whole sentences, and if `phrases` all training phrases."""
+    folder = task_folder("SST_DIR", ["train.txt", "dev.txt", "test.txt"], "bracketed trees, one a line")
+    train = read_trees(folder / "train.txt", phrases, binary)
+    validation = read_trees(folder / "dev.txt", False, binary)
+    test = read_trees(folder / "test.txt", False, binary)
+    sentences = read_trees(folder / "train.txt", phrases=False, binary=False)
+    corpus = [text for text, in sentences.texts]
+    if binary:
+        return Task("sst2", SST2_LABELS, train, validation, test, corpus)
+    return Task("sst5", SST5_LABELS, train, validation, test, corpus)
+
+
+def read_trees(path: Path, phrases: bool, binary: bool) -> Part:
+    """The labelled texts of a file of trees, one per line: (3 (2 It) (4 (2 's) (4 great))).
+
+    phrases: every phrase of every tree, each once; otherwise the whole sentences. binary: see SST2_OF_SST5.
+    """
+    rows = []
+    for number, line in enumerate(read_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            found = labelled_phrases(line)
+        except (ValueError, RecursionError):
+            raise InputError(f"{path}, line {number}: {line.strip()[:40]!r} is no tree; expected (label words)"
+                             ) from None
+        rows += found if phrases else found[-1:]
+    if phrases:
+        rows = list(dict.fromkeys(rows))
+    if binary:
+        rows = [(SST2_OF_SST5[label], text) for label, text in rows if label in SST2_OF_SST5]
+    if not rows:
+        raise InputError(f"{path} has no row for this task; expected bracketed trees, one a line")
+    return Part.of([(label, (text,)) for label, text in rows])
+
+
+def labelled_phrases(line: str) -> list[tuple[int, str]]:
+    """(label, text) of each phrase of a tree, inner ones first and the whole sentence last.
+
+    "(3 (2 It) (4 (2 's) (4 great)))" -> (2, "It"), (2, "'s"), (4, "great"), (4, "'s great"), (3, "It 's great").
+    Raises ValueError if the line is no tree, a label is not 0 to 4, or a phrase has no words.
+    """
+    tree = Tree.fromstring(line, read_leaf=unescape)
+    out = []
+    for position in tree.treepositions("postorder"):
+        node = tree[position]
+        if isinstance(node, str):           # a word
+            continue
+        if node.label() not in {"0", "1", "2", "3", "4"} or not node.leaves():
+            raise ValueError("a phrase needs a label from 0 to 4 and words")
+        out.append((int(node.label()), " ".join(node.leaves())))
+    return out
+
+
+def unescape(word: str) -> str:
+    """A word as it was before the treebank escaped it."""
+    word = {"-LRB-": "(", "-RRB-": ")"}.get(word, word)
+    return word.replace("\\/", "/").replace("\\*", "*")
+
+
+# -------------------------------------------------------------------------------------------------------- NLI
+def nli_task(validation: int, seed: int) -> Task:
+    """MultiNLI (Williams et al. 2018) with validation rows from its training rows. SNLI's rows join the training."""
+    folder = task_folder("NLI_DIR", ["mnli_train_subset.tsv", "mnli_eval_easycl.tsv"], "label, premise, hypothesis")
+    known = read_pairs(folder / "mnli_train_subset.tsv")
+    test = read_pairs(folder / "mnli_eval_easycl.tsv")
+    train_rows, validation_rows = split(len(known), validation, seed)
+    train = known.take(train_rows)
+    if (folder / "snli_train_subset.tsv").is_file():
+        snli = read_pairs(folder / "snli_train_subset.tsv")
+        train = Part(train.texts + snli.texts, np.concatenate([train.labels, snli.labels]))
+    corpus = {}                                     # every text once, in order
+    for pair in train.texts:
+        corpus |= dict.fromkeys(pair)
+    return Task("nli", NLI_LABELS, train, known.take(validation_rows), test, list(corpus))
+
+
+def read_pairs(path: Path) -> Part:
+    """The rows of a file of label, premise and hypothesis with tabs between, without a header."""
+    rows = []
+    for number, line in enumerate(read_lines(path), start=1):
+        if not line.strip():
+            continue
+        label, *texts = line.split("\t")
+        if len(texts) != 2 or label not in NLI_LABELS:
+            raise InputError(f"{path}, line {number}: {line[:40]!r} is no row; expected label, premise and hypothesis "
+                             f"with a tab between, the label one of {', '.join(NLI_LABELS)}")
+        rows.append((NLI_LABELS.index(label), tuple(texts)))
+    if not rows:
+        raise InputError(f"{path}: the file is empty; expected rows of label, premise, hypothesis")
+    return Part.of(rows)

@@ -1,0 +1,17 @@
+"""Static word vectors by gensim's Word2Vec (Mikolov et al. 2013), from the training rows of a corpus."""
+import numpy as np
+
+from data.text import Data
+
+DEFAULTS = {"epochs": 5, "window": 5, "negative": 10, "min_count": 1}
+
+
+def word2vec(data: Data, size: int, seed: int, **settings) -> dict[int, np.ndarray]:
+    """{word id: (size,) vector} by gensim's Word2Vec on the training rows; `settings` override DEFAULTS.
+
+    It uses one worker, because with more the same seed gives other vectors in every run.
+    """
+    from gensim.models import Word2Vec  # imported here, because it takes a second
+    sentences = [data.encoded.ids(row).tolist() for row in data.train]
+    model = Word2Vec(sentences, vector_size=size, seed=seed, workers=1, **(DEFAULTS | settings))
+    return {word: model.wv[word] for word in range(len(data.words)) if word in model.wv.key_to_index}

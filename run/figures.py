@@ -1,0 +1,247 @@
+"""Figures of both scripts, drawn from the numbers in their JSON files.
+
+`pretraining` and `classification` take such a dictionary and write PNGs to OUT/figures/. Each title says what its
+figure shows, and colour-blind readers can distinguish the colours (Okabe and Ito 2008). E: evaluations, C: classes.
+"""
+import io
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from sklearn.metrics import ConfusionMatrixDisplay
+
+from run.files import write_atomically
+
+BLUE = "#0072B2"
+ORANGE = "#D55E00"
+GREEN = "#009E73"
+GREY = "#777777"
+COLOURS = (BLUE, ORANGE, GREEN)
+MARKERS = "os^"
+PERPLEXITY_TICKS = (1, 2, 3, 5, 8, 12, 20, 30, 50, 70,
+                    100, 150, 200, 300, 500, 1000, 2000)
+MIN_SHOWN = 5           # percent; smaller shares of a word are left blank
+
+
+def pretraining(result: dict, out: Path) -> None:
+    """Draws OUT/figures/curves_pretraining.png and confusion_words.png from the numbers of pretraining.json."""
+    folder = out / "figures"
+    if result["history"]:
+        save(perplexity_curves(result), folder / "curves_pretraining.png")
+    if len(result["confusion"]["words"]) > 1:
+        save(word_confusion(result["confusion"]), folder / "confusion_words.png")
+
+
+def classification(result: dict, out: Path, stem: str) -> None:
+    """Draws confusion matrices and learning curves from the numbers of a classification into OUT/figures/.
+
+    The files are confusion_{setting}_{train|test}.png and curves_classification.png if `stem` is "", otherwise
+    confusion_{stem}_{setting}_{train|test}.png and curves_{stem}.png. Numbers without a confusion matrix get none.
+    """
+    folder = out / "figures"
+    prefix = f"{stem}_" if stem else ""
+    for setting, numbers in result["settings"].items():
+        for part in ("train", "test"):
+            if "confusion" not in numbers[part]["ensemble"]:
+                continue
+            rows = f"{setting}, {part} rows"
+            figure = class_confusion(result["labels"], numbers[part], rows)
+            save(figure, folder / f"confusion_{prefix}{setting}_{part}.png")
+    name = stem or "classification"
+    save(learning_curves(result), folder / f"curves_{name}.png")
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes `figure` as a PNG of 200 dots per inch; an interrupted write leaves no part of a file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=200, bbox_inches="tight", metadata={"Software": None})
+    write_atomically(path, lambda file: file.write(buffer.getvalue()))
+
+
+def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure of this size in inches with one panel. It needs no window system."""
+    figure = Figure(figsize=(width, height))
+    axes = figure.subplots()
+    return figure, axes
+
+
+def label(axes: Axes, title: str, x: str, y: str) -> None:
+    """Writes the title and the names of both axes, and removes the frame's upper and right line."""
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def legend(axes: Axes, **place) -> None:
+    """Adds a legend in small letters without a frame."""
+    axes.legend(fontsize=8, frameon=False, **place)
+
+
+def perplexity_curves(result: dict) -> Figure:
+    """Perplexity after each epoch: training rows, and validation rows in both directions beside Kneser-Ney."""
+    history = result["history"]
+    part = result["splits"]["validation"]
+    epochs = [entry["epoch"] for entry in history]
+    train = [entry["train_perplexity"] for entry in history]
+    figure, axes = new_figure(6.4, 4)
+    name = "training rows, with dropout and sampling, both directions"
+    axes.plot(epochs, train, "s:", color=GREY, label=name)
+    if "validation_perplexity" in history[0]:
+        values = np.array([entry["validation_perplexity"] for entry in history])        # (E, 2)
+        axes.plot(epochs, values[:, 0], "o-", color=BLUE, label="validation rows, forward")
+        axes.plot(epochs, values[:, 1], "^-", color=ORANGE, label="validation rows, backward")
+    if "kneser_ney_perplexity" in part["forward"]:
+        counted = part["forward"]["kneser_ney_perplexity"]
+        axes.axhline(counted, color=GREEN, linestyle="--", label="validation rows, forward 4-gram Kneser-Ney")
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    ticks = [tick for tick in PERPLEXITY_TICKS if low <= tick <= high]
+    axes.set_yticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    whole_epochs = max(epochs) >= 2
+    axes.xaxis.set_major_locator(MaxNLocator(integer=whole_epochs))
+    forward = part["forward"]["perplexity"]
+    backward = part["backward"]["perplexity"]
+    title = (f"Validation perplexity ends at {forward:.1f} forward, {backward:.1f} backward\n"
+             f"(n = {part['tokens']:,} tokens, V = {result['vocabulary']:,})")
+    label(axes, title, "epoch (passes over the training rows)", "perplexity (log scale)")
+    legend(axes)
+    return figure
+
+
+def percent_of_gold(counts: np.ndarray) -> np.ndarray:
+    """Counts of rows (C, C), gold class by predicted class, as percent of each gold class."""
+    gold = counts.sum(axis=1, keepdims=True)
+    return 100 * counts / np.maximum(gold, 1)
+
+
+def confusion_matrix(axes: Axes, percent: np.ndarray, texts: list[str], names: list[str], size: float):
+    """Draws percentages (C, C) of the classes `names` as a picture, which it returns, with C * C texts in its cells."""
+    display = ConfusionMatrixDisplay(percent, display_labels=names)
+    display.plot(ax=axes, cmap="cividis", colorbar=False, im_kw={"vmin": 0, "vmax": 100})
+    for cell, text, value in zip(display.text_.flat, texts, percent.flat, strict=True):
+        cell.set_text(text)
+        cell.set_fontsize(size)
+        cell.set_color("black" if value > 55 else "white")
+    axes.tick_params(labelsize=size + 1)
+    return display.im_
+
+
+def word_confusion(confusion: dict) -> Figure:
+    """Confusion matrix of the most frequent words, in percent of each gold word; the JSON holds the counts."""
+    words = confusion["words"]
+    counts = np.array(confusion["counts"])
+    percent = percent_of_gold(counts)
+    texts = [f"{value:.0f}" if value >= MIN_SHOWN else "" for value in percent.flat]
+    figure, axes = new_figure(8.4, 7.6)
+    image = confusion_matrix(axes, percent, texts, words, size=8)
+    axes.tick_params(axis="x", rotation=90)
+    frequent = counts[:-1]                              # the last row holds all other words
+    occurrences = frequent.sum()
+    right = np.trace(frequent) / max(occurrences, 1)
+    targets = counts.sum()
+    title = (f"The forward model is right on {right:.0%} of the {occurrences:,} occurrences "
+             f"of the {len(frequent)} most frequent tokens\n"
+             f"(of n = {targets:,} test targets; percent of each gold word, from {MIN_SHOWN} % on)")
+    label(axes, title, "predicted word", "gold word")
+    figure.colorbar(image, ax=axes, shrink=0.7, label="percent of the gold word's occurrences")
+    return figure
+
+
+def class_confusion(labels: list[str], numbers: dict, rows: str) -> Figure:
+    """Confusion matrix of the seeds' mean probabilities: counts, and percent of each gold class.
+
+    Args:
+        numbers: the numbers of one setting on one part of the rows, which `rows` names in the title.
+    """
+    counts = np.array(numbers["ensemble"]["confusion"])
+    percent = percent_of_gold(counts)
+    cells = zip(counts.flat, percent.flat, strict=True)
+    texts = [f"{count:,}\n{value:.1f} %" for count, value in cells]
+    size = len(labels)
+    figure, axes = new_figure(0.85 * size + 1.4, 0.75 * size + 0.9)
+    image = confusion_matrix(axes, percent, texts, labels, size=7)
+    if size > 4:
+        axes.tick_params(axis="x", rotation=20)
+    mistakes = counts.copy()
+    np.fill_diagonal(mistakes, 0)
+    gold, predicted = np.unravel_index(mistakes.argmax(), mistakes.shape)
+    worst = "no row is mistaken"
+    if mistakes.any():
+        worst = f"most often {labels[gold]} is taken for {labels[predicted]}"
+    seeds = len(numbers["seeds"])
+    mean = f", mean probabilities of {seeds} seeds" if seeds > 1 else ""
+    right = numbers["ensemble"]["accuracy"]
+    n = counts.sum()
+    title = (f"{rows}: {right:.2%} right{mean};\n"
+             f"{worst} (n = {n:,})")
+    label(axes, title, "predicted class", "gold class")
+    axes.title.set_fontsize(7.5)
+    bar = figure.colorbar(image, ax=axes, shrink=0.8, label="percent of the gold class")
+    bar.ax.tick_params(labelsize=7)
+    return figure
+
+
+def validation_values(history: list, setting: str, key: str) -> np.ndarray:
+    """(E, seeds) values of every evaluation; `history` has one list of evaluations per run, each of some seeds."""
+    values = []
+    for run in history:
+        values.append([entry["validation"][setting][key] for entry in run])
+    return np.concatenate(values, axis=1)
+
+
+def learning_curves(result: dict) -> Figure:
+    """Accuracy and cross-entropy on validation rows for every setting: mean over seeds, and the seeds' range.
+
+    The training line is the mean of all heads since the evaluation before, with dropout and label smoothing.
+    """
+    history = result["history"]
+    epochs = [entry["epoch"] for entry in history[0]]
+    accuracy = {}
+    loss = {}
+    for setting in result["settings"]:
+        accuracy[setting] = 100 * validation_values(history, setting, "accuracy")
+        loss[setting] = validation_values(history, setting, "loss")
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    plot_settings(left, epochs, accuracy, "accuracy (%)")
+    plot_settings(right, epochs, loss, "cross-entropy (nats per row)")
+    train_loss = np.mean([[entry["train_loss"] for entry in run] for run in history], axis=0)
+    with_phrases = result["task"].startswith("sst") and result["config"]["phrases"]
+    rows = "phrases" if with_phrases else "rows"
+    name = f"training {rows}, mean of all heads, with dropout and smoothing"
+    right.plot(epochs, train_loss, "D:", color=GREY, label=name)
+    last = {setting: values[-1].mean() for setting, values in accuracy.items()}
+    best = max(last, key=last.get)
+    n = result["settings"][best]["validation"]["ensemble"]["rows"]
+    seeds = accuracy[best].shape[1]
+    counted = f"{seeds} seeds; band: their range" if seeds > 1 else "1 seed"
+    title = (f"Validation accuracy ends at {last[best]:.1f} % with {best} "
+             f"(n = {n:,} rows, {counted})")
+    figure.suptitle(title, fontsize=10)
+    lines, names = right.get_legend_handles_labels()
+    figure.legend(lines, names, fontsize=8, frameon=False, loc="outside lower center", ncols=2)
+    return figure
+
+
+def plot_settings(axes: Axes, epochs: list[float], values: dict, unit: str) -> None:
+    """Draws the mean over seeds of each setting's values as a line, and their range as a band.
+
+    values: {setting: (E, seeds)}.
+    """
+    lines = zip(values.items(), COLOURS, MARKERS, strict=False)
+    for (setting, seeds), colour, marker in lines:
+        name = f"{setting}, validation rows"
+        axes.plot(epochs, seeds.mean(axis=1), marker + "-", color=colour, label=name)
+        plot_range(axes, epochs, seeds, colour)
+    label(axes, "", "epoch (passes over the training rows)", unit)
+
+
+def plot_range(axes: Axes, x: list[float], values: np.ndarray, colour: str) -> None:
+    """Fills the area between the smallest and the largest of (points, seeds) values."""
+    low = values.min(axis=1)
+    high = values.max(axis=1)
+    axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)

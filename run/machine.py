@@ -1,0 +1,200 @@
+"""The machine that a run uses: its device, its precision, its threads, its processes, and its description."""
+import atexit
+import ctypes
+import os
+import platform
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from run.files import InputError
+
+
+# ------------------------------------------------------------------------------------------ device and precision
+def default_device() -> str:
+    """"cuda" if a CUDA device is there, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def bf16_instructions() -> str | None:
+    """The instructions that multiply bf16 matrices on this CPU: "AMX", "AVX-512" or None.
+
+    The environment variable ONEDNN_MAX_CPU_ISA can forbid them to oneDNN, which does the products.
+    """
+    capabilities = torch.cpu.get_capabilities()
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    unlimited = limit in ("", "ALL", "DEFAULT")
+    if capabilities.get("amx_bf16") and (unlimited or "AMX" in limit):
+        return "AMX"
+    allowed = unlimited or any(name in limit for name in ("BF16", "FP16", "AMX", "AVX10"))
+    return "AVX-512" if capabilities.get("avx512_bf16") and allowed else None
+
+
+def fast_bf16(device: torch.device) -> bool:
+    """Whether this device multiplies bf16 matrices in hardware. Emulated, they take several times as long as fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bf16_instructions() is not None
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Type of the matrix products for "auto" (bf16 if it is fast), "fp32" or "bf16"; InputError for another word."""
+    if precision not in ("auto", "fp32", "bf16"):
+        raise InputError(f"precision is {precision!r}; expected auto, fp32 or bf16")
+    if precision == "bf16" or (precision == "auto" and fast_bf16(device)):
+        return torch.bfloat16
+    return torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """A context in which matrix products take this type. It holds for one thread, so every thread enters its own."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+# ------------------------------------------------------------------------------------------------------- threads
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """This thread computes with `count` torch threads inside the context; also a decorator, @torch_threads(1).
+
+    With one thread, no operation waits for a core that another process has taken.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Workers:
+    """A pool of threads that compute side by side, each with its own share of the cores.
+
+        both = Workers(2, device)
+        both.map(direction, [0, 1])         # [direction(0), direction(1)], on a CPU at the same time
+
+    `count` threads with (torch threads // count) torch threads each, at least one. On a GPU there is no pool: the calls
+    run one after the other, since a GPU runs each of them in parallel by itself.
+    """
+
+    def __init__(self, count: int, device: torch.device):
+        self.pool = None
+        if device.type == "cpu":
+            share = max(1, torch.get_num_threads() // count)
+            self.pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(share,))
+
+    def map(self, call: Callable, *arguments: Iterable) -> list:
+        """[call(a, b, ..) for a, b, .. in zip(*arguments)], in order; raises what a call raises."""
+        if self.pool is None:
+            return [call(*values) for values in zip(*arguments, strict=True)]
+        return list(self.pool.map(call, *arguments))
+
+
+def map_on_cores(call: Callable, items: Sequence, device: torch.device, max_workers: int = 8) -> list:
+    """[call(item) for item in items], on a CPU one item per core at a time, on a GPU one after the other.
+
+    The result of an item does not depend on the number of cores, up to rounding. At most `max_workers` items are under
+    way at a time, since each takes memory; with more cores than that, several cores share an item.
+    """
+    count = min(torch.get_num_threads(), len(items), max_workers)
+    if count < 2 or device.type != "cpu":
+        return [call(item) for item in items]
+    workers = Workers(count, device)
+    with torch_threads(torch.get_num_threads()):        # a new worker lowers the number for all later threads
+        results = workers.map(call, items)
+    workers.pool.shutdown()
+    return results
+
+
+# ----------------------------------------------------------------------------------------------------- processes
+def join_processes() -> tuple[int, int]:
+    """(rank, number of processes) under torchrun, whose process group this process joins; (0, 1) without it."""
+    if not dist.is_torchelastic_launched():
+        return 0, 1
+    if not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        atexit.register(dist.destroy_process_group)
+    return dist.get_rank(), dist.get_world_size()
+
+
+def sum_over_processes(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The sum of each tensor over the processes of torchrun; for one process the tensors themselves.
+
+    Dense tensors travel as one. Sparse ones travel through the CPU, since gloo can add them and nccl cannot.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return tensors
+    dense = [tensor for tensor in tensors if not tensor.is_sparse]
+    flat = torch.cat([tensor.flatten() for tensor in dense]) if dense else torch.zeros(0)
+    dist.all_reduce(flat)
+    sums = iter(flat.split([tensor.numel() for tensor in dense]))
+    results = []
+    for tensor in tensors:
+        if tensor.is_sparse:
+            on_cpu = tensor.cpu().coalesce()
+            dist.all_reduce(on_cpu)
+            results.append(on_cpu.to(tensor.device))
+        else:
+            results.append(next(sums).view_as(tensor))
+    return results
+
+
+def end_with_parent() -> None:
+    """Kills this process when its parent ends, however the parent ends; on Linux only, elsewhere nothing happens."""
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)          # PR_SET_PDEATHSIG
+
+
+# -------------------------------------------------------------------------------------------------------- memory
+def keep_freed_memory() -> None:
+    """Lets glibc reuse large blocks that a training step frees.
+
+    By default glibc returns them to the system and asks for them again, which took up to 6 % of a step. The setting
+    holds for the whole process. With another C library nothing happens.
+    """
+    with suppress(OSError, AttributeError, TypeError):
+        libc = ctypes.CDLL(None)
+        raised = libc.mallopt(-3, 2**30) or libc.mallopt(-3, 2**25)     # M_MMAP_THRESHOLD; before glibc 2.35 at most 32 MB
+        if raised:
+            libc.mallopt(-1, 2**31 - 1)                                 # M_TRIM_THRESHOLD
+
+
+def peak_memory_gb() -> float:
+    """Largest resident memory of this process so far, in GB.
+
+    On Linux it is VmHWM, because ru_maxrss begins with the value of the process that started this one.
+    """
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        line = next(line for line in lines if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024 / 1e9
+    import resource  # not on Windows, which has no other way here
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
+
+
+# --------------------------------------------------------------------------------------------------- description
+def machine(device: torch.device) -> dict:
+    """What the numbers were measured on, for the JSON files."""
+    about = {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "system": platform.system(),
+             "bf16_hardware": fast_bf16(device)}
+    if device.type == "cuda":
+        return {"device": torch.cuda.get_device_name(device)} | about
+    name = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "")
+    if limit:
+        name = f"{name}, {limit} at most"
+    return {"device": name, "bf16_by": bf16_instructions()} | about
+
+
+def versions() -> dict:
+    """Versions of what the numbers depend on."""
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}

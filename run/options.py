@@ -1,0 +1,124 @@
+"""A script's options: a frozen dataclass whose fields carry their help, filled from a TOML file and the command line.
+
+    @dataclass(frozen=True)
+    class Config:
+        hidden: int = option(448, "cells of each LSTM", min=1)
+        track: str = option("none", "also send curves to a tracker", choices=("none", "tensorboard", "wandb"))
+
+        def __post_init__(self):
+            check_options(self)
+"""
+import argparse
+import math
+import sys
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import field, fields
+from functools import wraps
+from pathlib import Path
+
+from run.files import InputError, read_text
+from run.tracker import check_tracker
+
+
+def option(default, help: str, choices: tuple = (), min: float = 0, max: float = math.inf):
+    """A dataclass field with its help, its allowed values and, for a number, its range."""
+    return field(default=default, metadata={"help": help, "choices": choices, "min": min, "max": max})
+
+
+def check_options(config) -> None:
+    """Raises InputError for the first field of a dataclass that has the wrong type or is out of range."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        choices = f.metadata["choices"]
+        if f.type is float and type(value) is int and abs(value) < 2**63:       # `dropout = 0` in a TOML file
+            value = float(value)
+            object.__setattr__(config, f.name, value)
+        if type(value) is not f.type:
+            raise InputError(f"{f.name} is {value!r}; expected {f.type.__name__}")
+        if choices and value not in choices:
+            raise InputError(f"{f.name} is {value!r}; expected one of {', '.join(choices)}")
+        if f.type in (int, float) and not f.metadata["min"] <= value <= f.metadata["max"]:
+            raise InputError(f"{f.name} is {value}; expected {f.metadata['min']:g} to {f.metadata['max']:g}")
+
+
+def read_toml(path: str, known: set[str]) -> dict:
+    """The options in a TOML file. Raises InputError that names the file, and an option that is not in `known`."""
+    text = read_text(path)
+    try:
+        values = tomllib.loads(text)
+    except ValueError as error:     # TOMLDecodeError, or a number with thousands of digits
+        raise InputError(f"{path}: is not TOML ({error})") from None
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise InputError(f"{path}: {unknown[0]!r} is no option; --help lists them")
+    return values
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that raises InputError instead of printing its usage."""
+
+    def error(self, message: str):
+        raise InputError(f"{message}; --help lists the options")
+
+
+def add_options(parser: argparse.ArgumentParser, config_class: type) -> None:
+    """Adds --NAME for each field, and --no-NAME for a switch. An option that is not given is absent from the result."""
+    for f in fields(config_class):
+        settings = {"help": f"{f.metadata['help']} (default {f.default})".replace("%", "%%")}
+        if f.type is bool:
+            settings["action"] = argparse.BooleanOptionalAction
+        else:
+            settings["type"] = f.type
+        if f.metadata["choices"]:
+            settings["choices"] = f.metadata["choices"]
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **settings)
+
+
+def script_arguments(argv: Sequence[str] | None, config_class: type, name: str, text: str, out: Path,
+                     extra: dict[str, dict]):
+    """(config, others) of a script's command line; the command line wins over the TOML file.
+
+    others: --out, --resume, --config and the flags in `extra`, {flag: settings of add_argument}. Raises InputError.
+    """
+    parser = Parser(prog=name, description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default=out, type=Path, help=f"folder that the run writes (default {out.name}/)")
+    parser.add_argument("--resume", action="store_true", help="continue the last run in --out where it stopped")
+    parser.add_argument("--config", metavar="FILE", help="TOML file of options; the command line wins")
+    for flag, settings in extra.items():
+        parser.add_argument(flag, **settings)
+    add_options(parser, config_class)
+    given = vars(parser.parse_args(argv))
+    names = {f.name for f in fields(config_class)}
+    others = argparse.Namespace(**{key: value for key, value in given.items() if key not in names})
+    if others.out.exists() and not others.out.is_dir():
+        raise InputError(f"--out {others.out} is a file; name a folder")
+    values = read_toml(others.config, names) if others.config else {}
+    values |= {key: value for key, value in given.items() if key in names}
+    config = config_class(**values)
+    check_tracker(config.track)
+    return config, others
+
+
+def script(name: str) -> Callable:
+    """Decorates main(argv) -> exit status: a wrong input becomes one sentence and status 2, Ctrl-C status 130."""
+    def decorate(main: Callable[..., int]) -> Callable[..., int]:
+        @wraps(main)
+        def run(argv: Sequence[str] | None = None) -> int:
+            try:
+                return main(argv)
+            except InputError as error:
+                message = str(error)
+            except OSError as error:        # a full disk, or a folder that may not be read or written
+                message = f"{error.filename or 'a file'}: {error.strerror or error}"
+            except (MemoryError, RuntimeError) as error:        # torch reports a lack of memory as a RuntimeError
+                about_memory = "allocate" in str(error) or "out of memory" in str(error)
+                if not isinstance(error, MemoryError) and not about_memory:
+                    raise
+                message = "there is not enough memory; choose smaller options"
+            except KeyboardInterrupt:
+                return 130
+            print(f"{name}: {message}", file=sys.stderr)
+            return 2
+        return run
+    return decorate

@@ -1,0 +1,238 @@
+"""A training run that shows its progress, stops when it is asked to, and resumes to the same weights bit for bit.
+
+    with Run(trainer, file, resume) as run:
+        for step in range(run.step, trainer.steps + 1):
+            if run.due(step):
+                run.save_best(evaluate)         # adds to the history, saves the best weights
+            if run.stop():
+                break
+            run.count(*trainer.step(step))      # (summed loss, items)
+"""
+import json
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from run.checkpoint import read_resume, write_resume
+from run.files import InputError, one_line
+from run.machine import keep_freed_memory, sum_over_processes
+from run.tracker import Tracker
+
+
+def learning_rate_share(step: int, steps: int, warmup: float) -> float:
+    """Share of the highest learning rate at a step: a cosine from 1 to 0.01, limited by a linear warm-up at the start.
+
+    warmup: share of the steps in which the learning rate rises.
+    """
+    rising = (step + 1) / max(1.0, warmup * steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))       # from 1 to 0
+    return min(rising, 0.01 + 0.99 * cosine)
+
+
+@contextmanager
+def stop_request() -> Iterator[threading.Event]:
+    """An event that Ctrl-C or SIGTERM sets, so that training stops between two steps; a second Ctrl-C stops at once."""
+    event = threading.Event()
+    previous = {}
+
+    def handle(number, frame):
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    if threading.current_thread() is threading.main_thread():       # signals can be handled nowhere else
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, handle)
+    try:
+        yield event
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class Progress:
+    """A bar of steps with loss, items per second and time left, and a log line every `log_every` steps.
+
+    Items are what the trainer counts: tokens (then the perplexity is shown too) or rows. In a log file the bar is
+    updated once per minute. Only the first process shows anything (`shown`).
+    """
+
+    def __init__(self, steps: int, done: int, log_every: int, shown: bool, unit: str, tracker: Tracker):
+        terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=steps, initial=done, unit="step", disable=not shown, smoothing=0.05,
+                        mininterval=0.1 if terminal else 60, dynamic_ncols=terminal)
+        self.steps = steps
+        self.done = done
+        self.log_every = log_every
+        self.shown = shown
+        self.unit = unit
+        self.tracker = tracker
+        self.start()
+
+    def start(self) -> None:
+        """Starts new averages: after a log line, and after an evaluation, whose time does not count."""
+        self.start_time = time.perf_counter()
+        self.start_step = self.done
+        self.items = 0
+        self.loss = 0.0
+
+    def step(self, loss: float, items: int, per_epoch: int) -> None:
+        """Counts a step of `items` tokens or rows, whose summed loss is `loss`."""
+        self.done += 1
+        self.items += items
+        self.loss += loss
+        seconds = max(time.perf_counter() - self.start_time, 1e-9)
+        nll = self.loss / max(1, self.items)
+        speed = self.items / seconds
+        figures = f"loss {nll:.3f}  {speed:,.0f} {self.unit}/s"
+        if self.unit == "tokens":
+            figures += f"  perplexity {math.exp(min(nll, 50)):.1f}"
+        self.bar.set_postfix_str(figures, refresh=False)
+        self.bar.update()
+        if self.done % self.log_every == 0:
+            self.tracker.log(self.done, {"training": {"nll": nll, f"{self.unit}_per_second": speed}})
+            left = seconds / (self.done - self.start_step) * (self.steps - self.done)
+            self.write(f"step {self.done:,} of {self.steps:,}  epoch {self.done / per_epoch:.2f}  {figures}  "
+                       f"{tqdm.format_interval(left)} left")
+            self.start()
+
+    def write(self, line: str) -> None:
+        """Prints a line above the bar."""
+        if self.shown:
+            self.bar.write(line)
+            sys.stdout.flush()
+
+
+class Run:
+    """A training run that can be stopped and resumed: its counters, clock, history, best weights and resume file.
+
+    The trainer has steps, per_epoch, interval (steps between evaluations), unit ("tokens" or "rows"), config (with
+    log_every, save_every and track), rank, device, model, identity(), state() and load_state(state).
+
+    seconds: time of the steps alone; wall: of everything; earlier: of the parts before this one. No step depends on
+    when a state is saved, so a killed run that is resumed ends with the same weights as a run that was not.
+    """
+    SAVED = ("step", "seconds", "wall", "loss", "items", "lowest", "best", "history")
+
+    def __init__(self, trainer, file: Path | None = None, resume: bool = False):
+        keep_freed_memory()
+        self.trainer = trainer
+        self.file = file
+        self.step = 0
+        self.seconds = 0.0
+        self.wall = 0.0
+        self.loss = 0.0         # summed over the items since the last evaluation
+        self.items = 0
+        self.lowest = math.inf
+        self.best = None        # state dict of the model with the lowest number so far
+        self.history = []
+        if resume and file and file.exists():
+            self.load(read_resume(file, trainer.identity()))
+        self.earlier = self.wall
+        self.begin = time.perf_counter() - self.wall
+        self.clock = time.perf_counter()        # `seconds` is up to date until here
+        self.save_time = self.clock
+
+    def load(self, state: dict) -> None:
+        """Sets trainer and counters to a state that `save` wrote."""
+        try:
+            self.trainer.load_state(state["trainer"])
+            for name in self.SAVED:
+                setattr(self, name, state["run"][name])
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise InputError(f"{self.file} does not hold such a run ({one_line(error)}); start anew without "
+                             "--resume") from None
+
+    def __enter__(self) -> "Run":
+        trainer = self.trainer
+        config = trainer.config
+        first = trainer.rank == 0
+        file = self.file or Path("run")
+        kind = config.track if first and self.file else "none"
+        tracker = Tracker(kind, file.parent, file.name.removesuffix(".resume.pt"), asdict(config), self.step)
+        self.progress = Progress(trainer.steps, self.step, config.log_every, first, trainer.unit, tracker)
+        self.exits = ExitStack()
+        self.exits.callback(tracker.close)
+        self.exits.callback(self.progress.bar.close)
+        self.stop_event = self.exits.enter_context(stop_request())
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if isinstance(error, InputError) and self.file:     # the loss is not finite, but the weights still are
+            with suppress(InputError):
+                self.save()
+                self.progress.write(f"{self.file} has the state before step {self.step:,}")
+        self.exits.close()
+
+    @property
+    def finished(self) -> bool:
+        return self.step == self.trainer.steps
+
+    def due(self, step: int) -> bool:
+        """Whether the weights before this step must be evaluated: once at the end of each interval."""
+        end_of_interval = step == self.trainer.steps or step % self.trainer.interval == 0
+        last = self.history[-1]["step"] if self.history else 0
+        return end_of_interval and step > last
+
+    def save_best(self, evaluate: Callable[[float], tuple[float, dict]]) -> None:
+        """Adds an evaluation to the history, saves the weights if they are the best so far, and saves the state.
+
+        `evaluate(mean training loss since the last evaluation)` returns (number, entry): the weights with the lowest
+        number are the best; the entry goes into the history. Its time does not count as training time.
+        """
+        self.seconds += time.perf_counter() - self.clock
+        number, entry = evaluate(self.loss / max(1, self.items))
+        if number < self.lowest:
+            self.lowest = number
+            self.best = {name: value.clone() for name, value in self.trainer.model.state_dict().items()}
+        self.history.append({"step": self.step, "epoch": round(self.step / self.trainer.per_epoch, 3),
+                             "seconds": round(self.seconds, 1)} | entry)
+        self.loss = 0.0
+        self.items = 0
+        self.progress.write(json.dumps(self.history[-1]))
+        self.progress.tracker.log(self.step, entry)
+        self.progress.start()
+        self.clock = time.perf_counter()
+        self.save()
+
+    def stop(self) -> bool:
+        """Whether the run ends before this step, because it is complete or was asked to stop; saves the state then."""
+        if self.finished:
+            return True
+        votes = torch.tensor([float(self.stop_event.is_set())], device=self.trainer.device)
+        sum_over_processes([votes])         # so that all processes stop before the same step
+        if votes == 0:
+            return False
+        self.save()
+        hint = "; --resume continues" if self.file else ""
+        self.progress.write(f"stopped before step {self.step:,}{hint}")
+        return True
+
+    def count(self, loss: float, items: int) -> None:
+        """Counts a step, shows it, and saves the state if the last one is more than `save_every` seconds old."""
+        self.step += 1
+        self.loss += loss
+        self.items += items
+        self.progress.step(loss, items, self.trainer.per_epoch)
+        if time.perf_counter() - self.save_time > self.trainer.config.save_every:
+            self.save()
+
+    def save(self) -> None:
+        """Writes the state to the resume file; only the first process does."""
+        self.seconds += time.perf_counter() - self.clock
+        self.wall = time.perf_counter() - self.begin
+        if self.file and self.trainer.rank == 0:
+            self.progress.tracker.flush()
+            counters = {name: getattr(self, name) for name in self.SAVED}
+            write_resume(self.file, self.trainer.identity(), {"run": counters, "trainer": self.trainer.state()})
+        self.clock = time.perf_counter()
+        self.save_time = self.clock
