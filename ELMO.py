@@ -26,48 +26,31 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from data.ag_news import CACHE, check_texts, split
 from data.batches import Sampler, batches, collate
 from data.characters import CharacterCNN
 from data.text import PAD, SPECIAL, Data, Encoded, Vocabulary, tokenize, tokenize_texts
-from data.word2vec import word2vec
-from run import figures, ngram
-from run.checkpoint import fitting, read_published, write_published
-from run.files import InputError, folder_lock, read_lines, write_json
-from run.machine import (
-    Workers,
-    autocast,
-    compute_dtype,
-    default_device,
-    fast_bf16,
-    join_processes,
-    machine,
-    map_on_cores,
-    peak_memory_gb,
-    sum_over_processes,
-    torch_threads,
-    versions,
-)
-from run.metrics import Scores, full_softmax_nll, perplexity_table, word_confusion
+from data.word2vec import unit_variance, word2vec
+from run import checkpoint, figures, inference, machine, metrics, ngram
+from run.files import InputError, folder_lock, write_json
+from run.machine import autocast
+from run.optimization import Optimizers, clip_gradients, dropout_mask, group, learning_rate_share
 from run.options import check_options, option, script, script_arguments
-from run.progress import Run, learning_rate_share
-from run.vectors import check_target, write_npz
+from run.progress import Run, options_of_weights
 
 HERE = Path(__file__).resolve().parent
 FORMAT = "elmo-bilm-2"                  # of bilstm.pt; raised when the meaning of the file changes
 LAYERS = 2                              # LSTM layers of each direction
 DIRECTIONS = ("forward", "backward")
 INITIAL_STD = 0.05                      # of the word table's entries: rows of norm about 1 at P = 448
-WARMUP = 0.03                           # share of the steps in which the learning rate rises
 MEASURED_TRAINING_ROWS = 4000
-MAX_COUNTED_TOKENS = 5_000_000          # of a corpus whose n-grams are counted, in memory
 
 
 # ---------------------------------------------------------------------------------------------------- options
@@ -112,14 +95,15 @@ class Config:
 
 # ---------------------------------------------------------------------------------------------------- batches
 def reverse_within_lengths(h: Tensor, lengths: Tensor) -> Tensor:
-    """Each sentence of h (..., T, B, width) in reverse order, its padding where it was; lengths (B,).
+    """Each sentence of h (T, B, width) in reverse order, its padding where it was; lengths (B,).
 
     A sentence of 3 words with one position of padding: [a b c -] -> [c b a -]. Twice gives h again.
     """
-    T = h.shape[-3]
+    T, B, width = h.shape
     position = torch.arange(T, device=h.device)[:, None]                                # (T, 1)
     source = torch.where(position < lengths, lengths - 1 - position, position)          # (T, B)
-    return h.gather(-3, source[:, :, None].expand(h.shape))
+    place = source * B + torch.arange(B, device=h.device)           # (T, B): where it stands in h as (T * B, width)
+    return F.embedding(place, h.reshape(T * B, width))
 
 
 # ------------------------------------------------------------------------------------------------------ model
@@ -173,15 +157,6 @@ class BiLM(nn.Module):
         """The weights that learn in the LSTMs of direction d."""
         return [weight for weight in self.lstms(d).parameters() if weight.requires_grad]
 
-    @torch.no_grad()
-    def start_from(self, vectors: dict[int, np.ndarray]) -> None:
-        """Copies Word2Vec's vectors (P,) of word ids into the input table, scaled to the size of initial weights."""
-        if not vectors:
-            return
-        found = torch.from_numpy(np.stack(list(vectors.values())))
-        table = self.table if self.config.tied else self.static
-        table[list(vectors)] = INITIAL_STD * found / found.std()
-
     def represent(self, ids: Tensor, chars: Tensor | None = None) -> Tensor:
         """(..., P) token representations of ids (...); chars: characters of all types, for the character network."""
         if self.config.representation == "char":
@@ -213,9 +188,12 @@ class BiLM(nn.Module):
         The state of word k is the one after reading it: position k of the forward model, whose position 0 is <s>. The
         backward model reads word n first, so its states are reversed within each sentence; lengths (B,).
         """
-        read_forward, read_backward = (torch.stack([h.to(states[-1].dtype) for h in states])[:, 1:]
-                                       for states in (forward, backward))
-        return torch.cat([read_forward, reverse_within_lengths(read_backward, lengths)], dim=-1)
+        dtype = forward[-1].dtype                                           # h_0 is float32, the others may be bf16
+        layers = []
+        for forward_h, backward_h in zip(forward, backward, strict=True):
+            in_reading_order = reverse_within_lengths(backward_h[1:], lengths)
+            layers.append(torch.cat([forward_h[1:], in_reading_order], dim=-1).to(dtype))
+        return torch.stack(layers)
 
     def contextual(self, ids: Tensor, lengths: Tensor, chars: Tensor | None = None) -> Tensor:
         """(3, T - 1, B, 2P) vectors of all layers for ids (2, T, B) from `collate` and sentence lengths (B,)."""
@@ -225,9 +203,9 @@ class BiLM(nn.Module):
 
 
 class ScalarMix(nn.Module):
-    """Weighted average of the biLM's layers: gamma * sum_j s_j h_j, with s = softmax(w)  (Peters et al. 2018, equation 1).
+    """Weighted average of the biLM's layers: gamma * sum_j s_j h_j, with s = softmax(w).
 
-    s_j is what the assignment calls lambda_j.
+    Equation 1 of Peters et al. 2018; s_j is what the assignment calls lambda_j.
     """
 
     def __init__(self, layers: int = LAYERS + 1):
@@ -250,7 +228,8 @@ def sampled_nll(h: Tensor, y: Tensor, table: Tensor, bias: Tensor, sampled: Tens
     the sum of the full softmax (Horvitz and Thompson 1952). sampled (E,) ascending word ids; log_pi (E,).
     """
     rows = F.embedding(y, table, sparse=True)                                           # (N, P)
-    target = (h.float() * rows).sum(dim=1) + F.embedding(y, bias, sparse=True)[:, 0]    # (N,)
+    target_bias = F.embedding(y, bias, sparse=True)[:, 0]                               # (N,)
+    target = (h.float() * rows).sum(dim=1) + target_bias                                # (N,)
     words = F.embedding(sampled, table, sparse=True)                                    # (E, P)
     offset = F.embedding(sampled, bias, sparse=True)[:, 0] - log_pi                     # (E,)
     logits = (h @ words.to(h.dtype).t()).float() + offset                               # (N, E)
@@ -261,50 +240,40 @@ def sampled_nll(h: Tensor, y: Tensor, table: Tensor, bias: Tensor, sampled: Tens
 
 
 # ------------------------------------------------------------------------------------------------- evaluation
-@torch.no_grad()
-def score_rows(model: BiLM, encoded: Encoded, rows: np.ndarray, dtype: torch.dtype = torch.float32,
-               details: bool = False) -> Scores:
-    """Scores of some rows under the full softmax: no dropout, no sampling, every row by itself."""
-    lengths = encoded.lengths[rows]
+def score_batch(model: BiLM, encoded: Encoded, dtype: torch.dtype, details: bool, rows: np.ndarray) -> list[tuple]:
+    """For each direction the arrays (row, nll) of every predicted token, with details also (gold, best, rank)."""
     device = model.table.device
-    nll = np.zeros((2, len(rows)))
+    ids, y = collate(encoded, rows)
+    directions = []
+    with torch.no_grad(), autocast(device, dtype):
+        x = model.represent(ids.to(device), encoded.chars)                      # (2, T, B, P)
+        for d in range(2):
+            t, b = (y[d] != PAD).nonzero(as_tuple=True)                         # positions of the N predicted tokens
+            gold = y[d, t, b].to(device)
+            h = model.states(d, x[d])[-1][t, b]                                 # (N, P)
+            scores = metrics.full_softmax_nll(h, gold, model.table, model.bias, details)
+            directions.append((rows[b], *(values.cpu().numpy() for values in scores)))
+    return directions
 
-    def score_batch(part: np.ndarray) -> list[tuple[np.ndarray, ...]]:
-        ids, y = collate(encoded, rows[part])
-        words = []
-        with torch.no_grad(), autocast(device, dtype):
-            x = model.represent(ids.to(device), encoded.chars)
-            for d in range(2):
-                real = y[d] != PAD                                                      # (T, B)
-                gold = y[d][real].to(device)
-                h = model.states(d, x[d])[-1][real.to(device)]                          # (N, P)
-                with autocast(device, torch.float32):                                   # the softmax is exact
-                    token_nll, *found = full_softmax_nll(h, gold, model.table, model.bias, details)
-                row = real.nonzero()[:, 1].numpy()
-                nll[d, part] = np.bincount(row, weights=token_nll.cpu().numpy(), minlength=len(part))
-                words.append((part[row], gold.cpu().numpy(), *(values.cpu().numpy() for values in found)))
-        return words
 
-    batch_words = map_on_cores(score_batch, batches(lengths, 3000), device)
-    words = []
-    if details:
-        for of_direction in zip(*batch_words, strict=True):
-            words.append(tuple(np.concatenate(column) for column in zip(*of_direction, strict=True)))
-    return Scores(nll, lengths + 1, words)
+def score_rows(model: BiLM, encoded: Encoded, rows: np.ndarray, dtype: torch.dtype = torch.float32,
+               details: bool = False) -> metrics.Scores:
+    """Scores of some rows by the full softmax: no dropout, no sampling, every row by itself."""
+    lengths = encoded.lengths[rows]
+    parts = [rows[part] for part in batches(lengths, 3000)]
+    score = partial(score_batch, model, encoded, dtype, details)
+    directions = machine.map_on_cores(score, parts, model.table.device)
+    return metrics.Scores.of(rows, lengths + 1, directions)
 
 
 # --------------------------------------------------------------------------------------------------- training
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
-    """Scales the whole gradient to a norm of at most `max_norm`; returns the norm before.
-
-    `nn.utils.clip_grad_norm_` refuses sparse gradients. The norm of a coalesced one is the norm of its values.
-    """
-    gradients = [p.grad.values() if p.grad.is_sparse else p.grad for p in parameters if p.grad is not None]
-    norm = nn.utils.get_total_norm(gradients)
-    scale = (max_norm / norm.clamp(min=1e-12)).clamp(max=1)
-    for gradient in gradients:
-        gradient.mul_(scale)
-    return float(norm)
+class Gradients(NamedTuple):
+    """The summed nll of one direction, and its gradients."""
+    nll: Tensor
+    table: Tensor               # sparse, like that of the bias
+    bias: Tensor
+    x: Tensor                   # (T, B, P)
+    lstms: list[Tensor]
 
 
 class Trainer:
@@ -318,15 +287,15 @@ class Trainer:
         self.config = config
         self.data = data
         self.device = device
-        self.rank, self.world = join_processes()
-        self.dtype = compute_dtype(config.precision, device)
-        self.workers = Workers(2, device)
+        self.rank, self.world = machine.join_processes()
+        self.dtype = machine.compute_dtype(config.precision, device)
+        self.workers = machine.Workers(2, device)
         self.model = self.new_model().to(device)
-        self.dense = [p for name, p in self.model.named_parameters() if name not in ("table", "bias") and p.requires_grad]
-        self.sparse = [self.model.table, self.model.bias]
-        betas = (config.beta1, config.beta2)
-        self.adamw = torch.optim.AdamW(self.dense, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=True)
-        self.sparse_adam = torch.optim.SparseAdam(self.sparse, lr=config.table_lr, betas=betas)
+        self.sparse = [self.model.table, self.model.bias]       # their gradients hold only the rows that a step used
+        self.dense = [weight for name, weight in self.model.named_parameters()
+                      if weight.requires_grad and name not in ("table", "bias")]
+        self.optimizers = Optimizers([group(self.dense, config.lr, config.weight_decay)],
+                                     [group(self.sparse, config.table_lr)], (config.beta1, config.beta2))
         self.sampler = Sampler(data.counts(), config.negatives, config.seed)
         self.log_pi = self.sampler.log_pi.to(device)
         self.lengths = data.encoded.lengths[data.train]
@@ -343,7 +312,9 @@ class Trainer:
         counts = self.data.counts()
         model.bias.data[:, 0] = torch.from_numpy(np.log(np.maximum(counts, 0.5) / counts.sum()))
         if self.config.representation == "word2vec":
-            model.start_from(word2vec(self.data, self.config.width, self.config.seed))
+            vectors = word2vec(self.data, self.config.width, self.config.seed)
+            table = model.table if self.config.tied else model.static
+            table.data[list(vectors)] = INITIAL_STD * torch.from_numpy(unit_variance(vectors))
         return model
 
     def start_epoch(self, epoch: int) -> None:
@@ -365,89 +336,76 @@ class Trainer:
         return rows[:, :, self.rank::self.world].to(self.device)
 
     def masks(self, T: int, B: int, generator: torch.Generator) -> list[Tensor]:
-        """Dropout masks of h_0, h_1 and h_2, each (2, 1, B, P); word dropout makes the first one (2, T, B, P).
-
-        A mask holds 0 for a dropped unit and 1 / (1 - p) for the others, so that the expected value stays the same.
-        """
-        def mask(p: float, *shape: int) -> Tensor:
-            return self.own(torch.empty(shape).bernoulli_(1 - p, generator=generator).div_(1 - p))
-        masks = [mask(self.config.dropout, 2, 1, B, self.config.width) for _ in range(LAYERS + 1)]
+        """Dropout masks of h_0, h_1 and h_2, each (2, 1, B, P); word dropout makes the first one (2, T, B, P)."""
+        shape = (2, 1, B, self.config.width)
+        masks = [self.own(dropout_mask(self.config.dropout, shape, generator)) for _ in range(LAYERS + 1)]
         if self.config.word_dropout:
-            masks[0] = masks[0] * mask(self.config.word_dropout, 2, T, B, 1)
+            masks[0] = masks[0] * self.own(dropout_mask(self.config.word_dropout, (2, T, B, 1), generator))
         return masks
 
-    def direction(self, d: int, x: Tensor, y: Tensor, masks: list[Tensor], sampled: Tensor, targets: int):
-        """(summed nll, gradients of table, bias, x, LSTMs) of direction d. x (T, B, P) and y (T, B) are its own.
+    def direction(self, d: int, x: Tensor, y: Tensor, masks: list[Tensor], sampled: Tensor, targets: int) -> Gradients:
+        """Forward and backward pass of direction d over its representations x (T, B, P) and targets y (T, B).
 
-        The gradients are returned, not added to .grad, so that the caller adds those of both directions in fixed order.
+        The gradients are returned, not added to .grad, so that `collect` can add both directions' in a fixed order.
         """
+        log_pi = self.log_pi[sampled]
         with autocast(self.device, self.dtype):
-            h = self.model.states(d, x, masks)[-1]
+            h = self.model.states(d, x, masks)[-1]                                      # (T, B, P)
             real = y != PAD
-            nll = sampled_nll(h[real], y[real], *self.sparse, sampled, self.log_pi[sampled]).sum()
-        return nll.detach(), torch.autograd.grad(nll / targets, [*self.sparse, x, *self.model.lstm_weights(d)])
+            nll = sampled_nll(h[real], y[real], self.model.table, self.model.bias, sampled, log_pi).sum()
+        weights = [self.model.table, self.model.bias, x, *self.model.lstm_weights(d)]
+        table, bias, x_gradient, *lstms = torch.autograd.grad(nll / targets, weights)
+        return Gradients(nll.detach(), table, bias, x_gradient, lstms)
 
-    @torch_threads(1)
+    @machine.torch_threads(1)
     def step(self, step: int) -> tuple[float, int]:
         """One update; returns (summed nll, predicted tokens) of the batch, both directions and all processes."""
         # batch
-        ids, y = self.batch(step)
+        ids, y = self.batch(step)                                                       # (2, T, B)
         targets = int((y != PAD).sum())
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)
         masks = self.masks(*ids.shape[1:], generator)
-        sampled = self.sampler.draw(float(torch.rand((), generator=generator, dtype=torch.float64))).to(self.device)
-        # loss and gradients of both directions, each on its own core
+        u = torch.rand((), generator=generator, dtype=torch.float64)
+        sampled = self.sampler.draw(u.item()).to(self.device)
+        # loss and gradients, each direction on its own core
         with autocast(self.device, self.dtype):
             x = self.model.represent(self.own(ids), self.data.encoded.chars)            # (2, T, B, P)
         inputs = [x[d].detach().requires_grad_() for d in range(2)]
-        own_masks = [[mask[d] for mask in masks] for d in range(2)]
-        results = self.workers.map(partial(self.direction, sampled=sampled, targets=targets), range(2), inputs,
-                                   self.own(y), own_masks)
-        nll = self.collect(x, *results)
+        masks_by_direction = [[mask[d] for mask in masks] for d in range(2)]
+        direction = partial(self.direction, sampled=sampled, targets=targets)
+        forward, backward = self.workers.map(direction, range(2), inputs, self.own(y), masks_by_direction)
+        nll = self.collect(x, forward, backward)
         # clip
         norm = clip_gradients([*self.dense, *self.sparse], self.config.clip)
         if not math.isfinite(norm + nll):
             raise InputError(f"the loss is not finite at step {step}; start anew with a lower --lr and --table-lr")
         # update
-        share = learning_rate_share(step, self.steps, WARMUP)
-        for optimizer, lr in ((self.adamw, self.config.lr), (self.sparse_adam, self.config.table_lr)):
-            optimizer.param_groups[0]["lr"] = lr * share
-            optimizer.step()
-            optimizer.zero_grad()
+        self.optimizers.step(learning_rate_share(step, self.steps))
         return nll, targets
 
-    def collect(self, x: Tensor, forward: tuple, backward: tuple) -> float:
+    def collect(self, x: Tensor, forward: Gradients, backward: Gradients) -> float:
         """Puts both directions' gradients into .grad, summed over processes; returns the summed nll."""
-        nll_forward, (table_forward, bias_forward, x_forward, *lstms_forward) = forward
-        nll_backward, (table_backward, bias_backward, x_backward, *lstms_backward) = backward
-        self.model.table.grad = table_forward + table_backward
-        self.model.bias.grad = bias_forward + bias_backward
-        for d, gradients in enumerate((lstms_forward, lstms_backward)):
-            for weight, gradient in zip(self.model.lstm_weights(d), gradients, strict=True):
+        self.model.table.grad = forward.table + backward.table
+        self.model.bias.grad = forward.bias + backward.bias
+        for d, gradients in enumerate((forward, backward)):
+            for weight, gradient in zip(self.model.lstm_weights(d), gradients.lstms, strict=True):
                 weight.grad = gradient
         if x.requires_grad:
-            x.backward(torch.stack([x_forward, x_backward]))                # into the table, or the character network
-        gradients = [parameter.grad for parameter in (*self.dense, *self.sparse)]
-        *summed, nll = sum_over_processes([*gradients, nll_forward + nll_backward])
-        for parameter, gradient in zip((*self.dense, *self.sparse), summed, strict=True):
-            parameter.grad = gradient.coalesce() if gradient.is_sparse else gradient
-        return float(nll)
+            x.backward(torch.stack([forward.x, backward.x]))                # into the table, or the character network
+        return machine.sum_gradients([*self.dense, *self.sparse], forward.nll + backward.nll)
 
     def identity(self) -> dict:
         """What a resumed run must share with the run that it continues."""
-        without_effect = dict.fromkeys(("log_every", "save_every", "track"))            # no weight depends on these
-        return asdict(self.config) | without_effect | {"training rows": self.data.digest}
+        return options_of_weights(self.config) | {"training rows": self.data.digest}
 
     def state(self) -> dict:
         """Everything that the next step depends on, beside the identity."""
-        return {"model": self.model.state_dict(), "adamw": self.adamw.state_dict(),
-                "sparse_adam": self.sparse_adam.state_dict()}
+        return {"model": self.model.state_dict(), "optimizers": self.optimizers.state_dict()}
 
     def load_state(self, state: dict) -> None:
         """The inverse of `state`."""
         self.model.load_state_dict(state["model"])
-        self.adamw.load_state_dict(state["adamw"])
-        self.sparse_adam.load_state_dict(state["sparse_adam"])
+        self.optimizers.load_state_dict(state["optimizers"])
 
 
 def train(trainer: Trainer, resume_file: Path | None = None, resume: bool = False) -> Run:
@@ -459,9 +417,9 @@ def train(trainer: Trainer, resume_file: Path | None = None, resume: bool = Fals
         entry = {"train_perplexity": math.exp(train_nll)}
         if len(data.validation) == 0:
             return -run.step, entry
-        scores = score_rows(trainer.model, data.encoded, data.validation, trainer.dtype)
-        entry["validation_perplexity"] = scores.perplexity()
-        return float(np.log(scores.perplexity()).mean()), entry
+        forward, backward = score_rows(trainer.model, data.encoded, data.validation, trainer.dtype).perplexity()
+        entry["validation_perplexity"] = [forward, backward]
+        return math.log(forward * backward) / 2, entry
 
     with Run(trainer, resume_file, resume) as run:
         for step in range(run.step, trainer.steps + 1):
@@ -489,17 +447,15 @@ class ELMo:
         self.history = list(history)
         self.metrics = metrics or {}
         self.digest = digest                    # of the file; None if it was not saved yet
+        self.device = model.table.device
 
     @classmethod
     def load(cls, path: str | Path, device: str = "cpu") -> "ELMo":
         """The biLM of a file made by `save` or ELMO.py; InputError if the file is missing, damaged or does not fit."""
-        content = read_published(path, FORMAT, {"config", "words", "history", "metrics"})
-        with fitting(path):
+        content = checkpoint.read_published(path, FORMAT, {"config", "words", "history", "metrics"})
+        with checkpoint.fitting(path):
             elmo = cls.from_parts(content["config"], content["words"], content["weights"], device)
-        elmo.history = content["history"]
-        elmo.metrics = content["metrics"]
-        elmo.digest = content["digest"]
-        return elmo
+        return cls(elmo.config, elmo.words, elmo.model, content["history"], content["metrics"], content["digest"])
 
     @classmethod
     def from_parts(cls, options: dict, words: list[str], weights: dict[str, Tensor], device: str = "cpu") -> "ELMo":
@@ -521,7 +477,7 @@ class ELMo:
             raise InputError("there is no text to train on; expected a list of strings")
         validation = min(config.validation, len(texts) // 10)
         rows = split(len(texts), validation, config.seed) if validation else (np.arange(len(texts)), np.arange(0))
-        trainer = Trainer(config, Data.of(texts, config, *rows), torch.device(device or default_device()))
+        trainer = Trainer(config, Data.of(texts, config, *rows), torch.device(device or machine.default_device()))
         return cls.from_run(train(trainer))
 
     @classmethod
@@ -534,7 +490,7 @@ class ELMo:
 
     def save(self, path: str | Path) -> None:
         """Writes tensors in half precision and plain types, the whole file or nothing; sets `digest`."""
-        self.digest = write_published(path, {
+        self.digest = checkpoint.write_published(path, {
             "format": FORMAT, "config": asdict(self.config), "words": self.words.words, "weights": self.weights(),
             "history": self.history, "metrics": self.metrics})
 
@@ -551,7 +507,7 @@ class ELMo:
         return Encoded.of(tokenize_texts(check_texts(texts)), self.words, self.config.representation)
 
     def embed(self, texts: Sequence[str], precision: str = "fp32") -> list[Tensor]:
-        """One (3, tokens, D) float32 CPU tensor per text, without boundary symbols; (3, 0, D) for a text without tokens."""
+        """One (3, tokens, D) float32 CPU tensor per text, without boundary symbols; (3, 0, D) if it has no tokens."""
         return list(self.embed_stream(check_texts(texts), precision))
 
     def embed_stream(self, texts: Iterable[str], precision: str = "fp32", window: int = 512) -> Iterator[Tensor]:
@@ -563,30 +519,35 @@ class ELMo:
             raise InputError("texts is one string; expected a list of strings, such as [text]")
         if precision not in ("fp32", "bf16"):
             raise InputError(f"precision is {precision!r}; expected fp32 or bf16")
-        fast = precision == "bf16" and fast_bf16(self.model.table.device)
-        return self.embed_windows(iter(texts), torch.bfloat16 if fast else torch.float32, window)
+        fast = precision == "bf16" and machine.fast_bf16(self.device)
+        dtype = torch.bfloat16 if fast else torch.float32
+        return self.embed_windows(iter(texts), dtype, window)
 
     def embed_windows(self, texts: Iterator[str], dtype: torch.dtype, window: int) -> Iterator[Tensor]:
-        """Embeds `window` texts at a time, in batches of about equal length."""
-        device = self.model.table.device
-        positions = 1500 if device.type == "cpu" else 6000
-        while chunk := list(islice(texts, window)):
-            encoded = self.encode(chunk)
-            vectors = {}
-            parts = batches(encoded.lengths, positions)
-            for rows, of_rows in zip(parts, map_on_cores(partial(self.embed_batch, encoded, dtype), parts, device), strict=True):
-                vectors.update(zip(rows.tolist(), of_rows, strict=True))
-            for row in range(len(chunk)):
-                yield vectors.pop(row)
+        """The tensors of all texts, `window` texts at a time."""
+        chunk = list(islice(texts, window))
+        while chunk:
+            yield from self.embed_window(chunk, dtype)
+            chunk = list(islice(texts, window))
+
+    def embed_window(self, texts: list[str], dtype: torch.dtype) -> list[Tensor]:
+        """The tensors of some texts, computed in batches of about equal length."""
+        encoded = self.encode(texts)
+        embed = partial(self.embed_batch, encoded, dtype)
+        parts = batches(encoded.lengths, 1500 if self.device.type == "cpu" else 6000)
+        vectors = [None] * len(texts)
+        for rows, found in zip(parts, machine.map_on_cores(embed, parts, self.device), strict=True):
+            for row, of_text in zip(rows, found, strict=True):
+                vectors[row] = of_text
+        return vectors
 
     @torch.inference_mode()
     def embed_batch(self, encoded: Encoded, dtype: torch.dtype, rows: np.ndarray) -> list[Tensor]:
         """One (3, tokens, D) float32 CPU tensor per row."""
-        device = self.model.table.device
-        lengths = encoded.lengths[rows]
         ids, _ = collate(encoded, rows)
-        with autocast(device, dtype):
-            h = self.model.contextual(ids.to(device), torch.from_numpy(lengths).to(device), encoded.chars)
+        lengths = torch.from_numpy(encoded.lengths[rows])
+        with autocast(self.device, dtype):
+            h = self.model.contextual(ids.to(self.device), lengths.to(self.device), encoded.chars)
         h = h.transpose(1, 2).float().cpu()                                                 # (3, B, T - 1, D)
         return [h[:, b, :n].clone() for b, n in enumerate(lengths)]
 
@@ -614,23 +575,20 @@ def measure(elmo: ELMo, data: Data) -> tuple[dict, dict]:
         splits[name] = scores.metrics()
         if name in fresh and fresh[name].any():
             splits[name]["fresh"] = scores.metrics(fresh[name])
-    if len(data.encoded.tokens.ids) <= MAX_COUNTED_TOKENS:
-        flat = {name: encoded.flat(rows) for name, (encoded, rows) in parts.items()}
-        ngram.add_perplexities(splits, data.encoded.flat(data.train), flat, fresh, len(data.words))
+    flat = {name: encoded.flat(rows) for name, (encoded, rows) in parts.items()}
+    ngram.add_perplexities(splits, data.encoded.flat(data.train), flat, fresh, len(data.words))
     _, gold, best, _ = scores.words[0]                                          # of the forward model on test rows
-    return splits, word_confusion(gold, best, data.words.words)
+    return splits, metrics.word_confusion(gold, best, data.words.words)
 
 
 def publish(run: Run, out: Path, seconds: float) -> None:
     """Measures a finished run and writes OUT/bilstm.pt, the figures and OUT/pretraining.json.
 
-    pretraining.json: command, config, versions, machine, precision, minutes (from command to file), peak_memory_gb,
-    tokens_per_second (training, both directions), vocabulary, parameters, file_mb, digest (of bilstm.pt),
-    unknown {train, validation, test}: share of <unk> among the tokens,
+    pretraining.json has, beside config and how it was made: tokens_per_second (training, both directions), vocabulary,
+    parameters, file_mb, digest (of bilstm.pt), unknown {train, validation, test}: share of <unk>,
     history [{step, epoch, seconds, train_perplexity, validation_perplexity [forward, backward]}],
-    splits.{train, validation, test}: rows, tokens, unigram_perplexity, and for forward and backward nll (per token),
-        perplexity, bits_per_token, accuracy, top5_accuracy, macro_precision, macro_recall, macro_f1 (over gold words),
-        kneser_ney_perplexity (order 4); `fresh` has the same for the rows that are no near copies of training rows,
+    splits.{train, validation, test}: rows, tokens, unigram_perplexity, and for forward and backward the metrics of
+        `run.metrics.Scores` and kneser_ney_perplexity; `fresh`: the same without near copies of training rows,
     confusion {words, counts}: of the forward model on test rows; rows gold, columns predicted.
     Every number belongs to the weights in the file, which are in half precision. `train` is a sample of 4,000 rows.
     """
@@ -639,17 +597,16 @@ def publish(run: Run, out: Path, seconds: float) -> None:
     splits, confusion = measure(elmo, trainer.data)
     elmo.metrics = {name: {d: part[d]["perplexity"] for d in DIRECTIONS} for name, part in splits.items()}
     elmo.save(out / "bilstm.pt")
-    targets = 2 * int((trainer.lengths + 1).sum()) * trainer.steps / trainer.per_epoch
-    result = {"command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "config": asdict(elmo.config),
-              "versions": versions(), "machine": machine(trainer.device),
-              "precision": str(trainer.dtype).removeprefix("torch."), "minutes": seconds / 60,
-              "peak_memory_gb": peak_memory_gb(), "tokens_per_second": targets / max(run.seconds, 1e-9),
-              "vocabulary": len(elmo.words), "parameters": sum(p.numel() for p in elmo.model.state_dict().values()),
-              "file_mb": (out / "bilstm.pt").stat().st_size / 1e6, "digest": elmo.digest,
-              "unknown": trainer.data.unknown(), "history": elmo.history, "splits": splits, "confusion": confusion}
+    targets = 2 * (trainer.lengths + 1).sum() * trainer.steps / trainer.per_epoch
+    result = machine.provenance(trainer.device, seconds) | {
+        "config": asdict(elmo.config), "precision": str(trainer.dtype).removeprefix("torch."),
+        "tokens_per_second": float(targets / run.seconds), "vocabulary": len(elmo.words),
+        "parameters": sum(weight.numel() for weight in elmo.model.state_dict().values()),
+        "file_mb": (out / "bilstm.pt").stat().st_size / 1e6, "digest": elmo.digest,
+        "unknown": trainer.data.unknown(), "history": elmo.history, "splits": splits, "confusion": confusion}
     figures.pretraining(result, out)
     write_json(out / "pretraining.json", result)
-    print(perplexity_table(result))
+    print(metrics.perplexity_table(result))
 
 
 # ------------------------------------------------------------------------------------------------------- main
@@ -657,12 +614,10 @@ def pretrain(config: Config, out: Path, corpus: str | None, resume: bool) -> int
     """The run of the command: AG News or a plain text to OUT. Returns the exit status."""
     begin = time.perf_counter()
     data = Data.of_ag_news(config, CACHE) if corpus is None else Data.of_plain_text(corpus, config, CACHE)
-    trainer = Trainer(config, data, torch.device(default_device()))
+    trainer = Trainer(config, data, torch.device(machine.default_device()))
     first = trainer.rank == 0
     if first:
-        unknown = ", ".join(f"{name} {share:.2%}" for name, share in data.unknown().items())
-        print(f"{len(data.train):,} training, {len(data.validation):,} validation, {len(data.test[1]):,} test rows\n"
-              f"vocabulary {len(data.words):,} words; <unk> {unknown}\n{trainer.steps:,} steps in {trainer.dtype}", flush=True)
+        print(f"{data.summary()}\n{trainer.steps:,} steps, products in {trainer.dtype}", flush=True)
     with folder_lock(out) if first else nullcontext():
         run = train(trainer, out / "bilstm.resume.pt", resume)
         if not run.finished:
@@ -670,19 +625,6 @@ def pretrain(config: Config, out: Path, corpus: str | None, resume: bool) -> int
         if first:
             publish(run, out, time.perf_counter() - begin + run.earlier)
             run.file.unlink(missing_ok=True)
-    return 0
-
-
-def embed_file(source: str, target: str, bilstm: Path, precision: str, dtype: np.dtype) -> int:
-    """Writes the vectors of every line of `source` to the .npz file `target`. Returns the exit status."""
-    check_target(target)
-    lines = read_lines(source)
-    elmo = ELMo.load(bilstm, default_device())
-    offsets = elmo.encode(lines).tokens.offsets
-    layers = elmo.embed_stream(lines, "fp32" if precision == "fp32" else "bf16")
-    texts = (vectors.numpy() for vectors in tqdm(layers, total=len(lines), unit="text"))
-    write_npz(target, offsets, 2 * elmo.config.width, texts, dtype)
-    print(f"{target}: {len(lines):,} texts, {offsets[-1]:,} tokens")
     return 0
 
 
@@ -698,9 +640,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return pretrain(config, options.out, options.corpus, options.resume)
     if options.embed is None or options.npz is None:
         raise InputError("--embed and --npz go together: --embed texts.txt --npz vectors.npz")
-    precision = "fp32" if options.float32 else config.precision
-    dtype = np.dtype(np.float32 if options.float32 else np.float16)
-    return embed_file(options.embed, options.npz, options.out / "bilstm.pt", precision, dtype)
+    load = partial(ELMo.load, options.out / "bilstm.pt", machine.default_device())
+    inference.embed_file(load, options.embed, options.npz, config.precision, options.float32)
+    return 0
 
 
 if __name__ == "__main__":

@@ -169,8 +169,10 @@ def fresh_rows(known: Iterable[str], texts: Sequence[str], max_share: float = 0.
     seen = set()
     for text in known:
         seen.update(wanted.intersection(hashed_ngrams(text, n)))
-    fresh = [sum(gram in seen for gram in grams) <= max_share * len(grams) for grams in grams_of_rows]
-    return np.array(fresh, dtype=bool)
+    fresh = np.ones(len(texts), dtype=bool)
+    for row, grams in enumerate(grams_of_rows):
+        fresh[row] = sum(gram in seen for gram in grams) <= max_share * len(grams)
+    return fresh
 
 
 def hashed_ngrams(text: str, n: int) -> list[int]:

@@ -3,6 +3,7 @@
     task = read_task(config, bilm_config)       # Task: labels, train, validation, test
     task.train.texts[0], task.train.labels[0]   # ("Oil prices fall.",), 2
 """
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -58,6 +59,11 @@ class Task:
     corpus: list[str]
     fresh: np.ndarray | None = None
 
+    def summary(self) -> str:
+        """Name and rows, as a line to print."""
+        return (f"{self.name}: {len(self.train):,} training, {len(self.validation):,} validation, {len(self.test):,} test "
+                "rows")
+
     def with_labels(self, rows: int, seed: int) -> "Task":
         """The same task with only `rows` labelled training rows, drawn by the seed; `corpus` stays whole."""
         if rows > len(self.train):
@@ -97,6 +103,14 @@ class EncodedTexts:
         self.encoded = Encoded.of(tokenize_texts(texts, cache), elmo.words, elmo.config.representation)
         self.words = self.encoded.lengths
         self.lengths = self.words.reshape(2 if self.pair else 1, -1).max(axis=0)
+
+    def digest(self) -> str:
+        """SHA-256 of the labels and the tokens."""
+        tokens = self.encoded.tokens
+        sha = hashlib.sha256()
+        for array in (self.labels.numpy(), tokens.ids, tokens.offsets, self.encoded.lookup):
+            sha.update(np.ascontiguousarray(array).data)
+        return sha.hexdigest()
 
     def sides(self, rows: np.ndarray) -> tuple[np.ndarray, torch.Tensor]:
         """Rows of `encoded` for these rows of the task, for pairs the first texts and then the second; their lengths."""
@@ -209,15 +223,19 @@ def labelled_phrases(line: str) -> list[tuple[int, str]]:
     "(3 (2 It) (4 (2 's) (4 great)))" -> (2, "It"), (2, "'s"), (4, "great"), (4, "'s great"), (3, "It 's great").
     Raises ValueError if the line is no tree, a label is not 0 to 4, or a phrase has no words.
     """
-    tree = Tree.fromstring(line, read_leaf=unescape)
     out = []
-    for position in tree.treepositions("postorder"):
-        node = tree[position]
-        if isinstance(node, str):           # a word
-            continue
-        if node.label() not in {"0", "1", "2", "3", "4"} or not node.leaves():
+
+    def visit(phrase: Tree) -> list[str]:
+        """Appends the inner phrases, then this one; its words."""
+        words = []
+        for child in phrase:
+            words += visit(child) if isinstance(child, Tree) else [child]
+        if phrase.label() not in {"0", "1", "2", "3", "4"} or not words:
             raise ValueError("a phrase needs a label from 0 to 4 and words")
-        out.append((int(node.label()), " ".join(node.leaves())))
+        out.append((int(phrase.label()), " ".join(words)))
+        return words
+
+    visit(Tree.fromstring(line, read_leaf=unescape))
     return out
 
 

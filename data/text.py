@@ -64,6 +64,10 @@ class Vocabulary:
         frequent = [(-int(n), word) for word, n in zip(types, counts, strict=True) if n >= min_count]
         return cls(SPECIAL + [word for _, word in sorted(frequent) if word not in SPECIAL])
 
+    def grown_by(self, other: "Vocabulary") -> "Vocabulary":
+        """These words with their ids, and after them the words that only `other` has."""
+        return Vocabulary(self.words + [word for word in other.words[len(SPECIAL):] if word not in self.index])
+
     def __len__(self) -> int:
         return len(self.words)
 
@@ -195,6 +199,12 @@ class Data:
         test, test_rows = self.test
         return {"train": self.encoded.unknown(self.train), "validation": self.encoded.unknown(self.validation),
                 "test": test.unknown(test_rows)}
+
+    def summary(self) -> str:
+        """Rows, vocabulary and unknown words, as lines to print."""
+        unknown = ", ".join(f"{share:.2%} of {name} tokens" for name, share in self.unknown().items())
+        return (f"{len(self.train):,} training, {len(self.validation):,} validation, {len(self.test[1]):,} test rows\n"
+                f"vocabulary {len(self.words):,} words; <unk> is {unknown}")
 
     def fresh(self) -> dict[str, np.ndarray]:
         """For AG News {"validation", "test"}: (rows,) bool, False for near copies of training rows; {} for other texts."""

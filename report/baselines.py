@@ -1,163 +1,313 @@
 """Baselines of the AG News classifier, and which differences are more than chance: models/baselines.json.
 
-    linear TF-IDF           words and pairs of words, its knobs chosen on the validation rows (scikit-learn)
-    word2vec, svd           one vector per word from the same training rows, under the same head
-    layer0, layer2, average, untrained      parts of the biLM, or one with random weights, under the same head
+    tfidf               a linear model of words and word pairs, its hyperparameters chosen on validation rows
+    word2vec, svd       under the head of classification.py: one vector per word, from the same training rows
+    layer0, layer2      under the same head: one layer of the biLM
+    average             under the same head: the plain average of the layers
+    untrained           under the same head: all layers of a biLM with random weights
 
-`python report/baselines.py [--out DIR] [--seeds 3] [knobs of classification.py]` trains them (80 minutes on two cores;
-finished ones are kept in build/baselines and not trained again) and puts them beside DIR's classification.json and
-finetuned.json, where these are of the same biLM. JSON: command, config, versions, machine, minutes (all runs), and
-    rows.{name}: seeds, ngrams (whether a linear model is mixed in), accuracy {mean, deviation} over them on validation
-        and test rows, fresh (test), together (accuracy of the seeds' mean probabilities on test rows), minutes;
-        against.{word2vec, tfidf, layer0}: difference in test accuracy of `together` with its 95 % bootstrap interval,
-        only_this and only_that (rows that one alone has right), p (exact McNemar, not corrected for the number of rows
-        here); of tfidf, which is one model without a seed: tried (accuracy on validation rows by knobs)
+    python report/baselines.py --seeds 3        80 minutes on two cores; takes the options of classification.py too
+
+The runs are in build/baselines, and a finished one is not trained again. They are compared with the settings in the
+classification.json of --out if that is of the same biLM.
+
+baselines.json: command, config, versions, machine, minutes (of all runs), bilm (digest),
+rows.{name}: seeds, validation and test {mean, std} of the accuracy over the seeds, fresh (the same on the fresh test
+    rows), ensemble (accuracy of the seeds' mean probabilities on test rows), minutes,
+    each {validation, test} (accuracy of each seed; not for tfidf, which is one model without a seed),
+    tried (for tfidf: accuracy on validation rows by hyperparameters),
+    against.{word2vec, tfidf, layer0}: `run.metrics.mcnemar` of the two ensembles on test rows; p is not corrected for
+        the number of rows here
 """
-import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.stats import binomtest
+import torch.nn.functional as F
+from scipy.sparse import coo_matrix, csr_matrix, diags
+from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.svm import LinearSVC
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # run as `python report/baselines.py`
 
-from classification import Config, classify
-from data.files import InputError, read_text, write_json
-from data.knobs import script, script_arguments
-from data.machine import default_device, machine, versions
-from data.prepare import Task, read_task
-from ELMO import ELMo
+from classification import Config, ELMoVectors, classify
+from data.batches import collate
+from data.tasks import Part, Task, read_task
+from data.text import Data, Encoded
+from data.word2vec import word2vec
+from ELMO import BiLM, ELMo
+from run import machine
+from run.files import InputError, read_json, write_json
+from run.metrics import mcnemar, mean_and_std
+from run.options import script, script_arguments
 
 ROOT = Path(__file__).resolve().parent.parent
 VECTORS = ("word2vec", "svd", "layer0", "layer2", "average", "untrained")
-TRIED = [(model, C, ngrams) for ngrams in (1, 2) for model, C in (
-    ("svm", 0.1), ("svm", 0.3), ("svm", 1.0), ("logistic", 3.0), ("logistic", 10.0), ("logistic", 30.0))]
+STATIC_VECTORS = {"width": 300, "passes": 10, "window": 5, "negatives": 10}     # SVD has the same width and window
+LINEAR_MODELS = (("svm", 0.1), ("svm", 0.3), ("svm", 1.0), ("logistic", 3.0), ("logistic", 10.0), ("logistic", 30.0))
+COMPARED = ("word2vec", "tfidf", "layer0")
 
 
-def mcnemar(right: np.ndarray, other: np.ndarray) -> dict:
-    """Exact two-sided McNemar test of two systems' hits (rows,) bool, and a paired bootstrap of their difference.
+# ----------------------------------------------------------------------------------------------- word vectors
+class InputVectors:
+    """Layer 0 by itself: x, without the second copy that [x ; x] has. (1, T, B, P); the LSTMs do not run."""
+    layers = 1
 
-    Under the null hypothesis a row that only one of them has right is either's with probability 1/2.
+    def __init__(self, model: BiLM):
+        self.model = model
+        self.width = model.config.width
+        self.device = model.table.device
+
+    @torch.no_grad()
+    def __call__(self, encoded: Encoded, rows: np.ndarray, dtype: torch.dtype, map: Callable = map) -> Tensor:
+        ids, _ = collate(encoded, rows)
+        words = ids[0, 1:].to(self.device)                                  # (T, B), without <s>
+        return self.model.represent(words, encoded.chars)[None].to(dtype)
+
+
+class TopLayerVectors(ELMoVectors):
+    """Layer 2 of the biLM: (1, T, B, 2P)."""
+    layers = 1
+
+    def __call__(self, encoded: Encoded, rows: np.ndarray, dtype: torch.dtype, map: Callable = map) -> Tensor:
+        return super().__call__(encoded, rows, dtype, map)[-1:]
+
+
+class AverageVectors(ELMoVectors):
+    """The plain average of the biLM's layers: (1, T, B, 2P)."""
+    layers = 1
+
+    def __call__(self, encoded: Encoded, rows: np.ndarray, dtype: torch.dtype, map: Callable = map) -> Tensor:
+        return super().__call__(encoded, rows, dtype, map).mean(dim=0, keepdim=True)
+
+
+class StaticVectors:
+    """A table (V, width) with one vector per word of the biLM's vocabulary: (1, T, B, width)."""
+    layers = 1
+
+    def __init__(self, table: Tensor):
+        self.table = table
+        self.width = table.shape[1]
+        self.device = table.device
+
+    def __call__(self, encoded: Encoded, rows: np.ndarray, dtype: torch.dtype, map: Callable = map) -> Tensor:
+        ids, _ = collate(replace(encoded, chars=None), rows)                # without characters: ids of words
+        words = ids[0, 1:].to(self.device)                                  # (T, B), without <s>
+        return F.embedding(words, self.table)[None].to(dtype)
+
+
+def make_vectors(kind: str, config: Config, elmo: ELMo, task: Task):
+    """The word vectors of one kind in VECTORS; static ones are made from the task's training texts."""
+    if kind == "layer0":
+        return InputVectors(elmo.model)
+    if kind == "layer2":
+        return TopLayerVectors(elmo.model)
+    if kind == "average":
+        return AverageVectors(elmo.model)
+    if kind == "untrained":
+        return ELMoVectors(untrained(elmo, config.seed))
+    encoded = elmo.encode(task.corpus)
+    data = Data(elmo.words, encoded, np.arange(len(encoded.tokens)), np.arange(0))
+    table = static_vectors(kind, data, config.seed)
+    return StaticVectors(torch.from_numpy(table).to(elmo.model.table.device))
+
+
+def untrained(elmo: ELMo, seed: int) -> BiLM:
+    """A biLM of the same shape with random weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = BiLM(elmo.config, len(elmo.words))
+    return model.requires_grad_(False).to(elmo.model.table.device)
+
+
+def static_vectors(kind: str, data: Data, seed: int, width: int = STATIC_VECTORS["width"]) -> np.ndarray:
+    """(V, width) float32 of unit variance, one vector per word, from the training rows; kind: "word2vec" or "svd".
+
+    Word2Vec is skip-gram: it is slower than CBOW and clearly better if a validation row is the mean of its words.
     """
-    this, that = int((right & ~other).sum()), int((other & ~right).sum())
-    gap = right.astype(float) - other
-    drawn = np.random.default_rng(0).multinomial(len(gap), np.full(len(gap), 1 / len(gap)), size=2_000)
-    return {"difference": float(gap.mean()), "interval": np.percentile(drawn @ gap / len(gap), [2.5, 97.5]).tolist(),
-            "only_this": this, "only_that": that, "p": binomtest(this, this + that).pvalue if this + that else 1.0}
+    if kind == "svd":
+        table = svd(data, width, seed)
+    else:
+        found = word2vec(data, width, seed, sg=1, epochs=STATIC_VECTORS["passes"], window=STATIC_VECTORS["window"],
+                         negative=STATIC_VECTORS["negatives"])
+        table = np.zeros((len(data.words), width), dtype=np.float32)
+        for word, vector in found.items():
+            table[word] = vector
+    return table / max(table.std(), 1e-12)
 
 
-def tfidf(task: Task, vectorizers: dict | None = None) -> tuple[dict, np.ndarray]:
-    """(row, predictions on test rows) of the linear classifier whose knobs are best on the validation rows.
+def svd(data: Data, width: int, seed: int) -> np.ndarray:
+    """(V, width) float32 U sqrt(S), where U S V' is the truncated SVD of the words' positive mutual information.
 
-    Its words and their weights are counted in all texts of the task, as the other vectors are, labelled or not;
-    `vectorizers` keeps what was counted for the next call.
+    PMI(w, c) = log(p(w, c) / (p(w) p(c))) over all pairs of words near each other (Levy, Goldberg and Dagan 2015).
     """
-    begin, vectorizers = time.perf_counter(), {} if vectorizers is None else vectorizers
-    texts = {part: [text for text, in getattr(task, part).texts] for part in ("train", "validation", "test")}
-    fitted, tried = {}, {}
-    for kind, C, ngrams in TRIED:
-        if ngrams not in vectorizers:
-            vectorizers[ngrams] = TfidfVectorizer(ngram_range=(1, ngrams), sublinear_tf=True, min_df=2).fit(task.corpus)
-        if ngrams not in fitted:
-            fitted[ngrams] = {part: vectorizers[ngrams].transform(texts[part]) for part in texts}
-        x = fitted[ngrams]
-        model = LinearSVC(C=C, random_state=0) if kind == "svm" else LogisticRegression(C=C, max_iter=200)
-        model.fit(x["train"], task.train.labels)
-        accuracy = model.score(x["validation"], task.validation.labels)
-        tried[f"{kind}, C {C:g}, 1-{ngrams}-grams"] = float(accuracy)
-        print(f"TF-IDF {kind}, C {C:g}, 1-{ngrams}-grams: {accuracy:.2%} of validation rows", flush=True)
-        if accuracy >= max(tried.values()):
-            best = model, x["test"]
-    found = best[0].predict(best[1])
-    hit = found == task.test.labels
-    one = {"deviation": None}
-    return {"tried": tried, "seeds": 1, "ngrams": False, "validation": {"mean": max(tried.values())} | one,
-            "test": {"mean": float(hit.mean())} | one, "together": float(hit.mean()),
-            "fresh": {"mean": float(hit[task.fresh].mean())} | one if task.fresh.any() else None,
-            "minutes": (time.perf_counter() - begin) / 60}, found
+    counts = pair_counts(data)
+    total = counts.sum()
+    inverse = diags(1 / np.maximum(np.asarray(counts.sum(axis=1)).ravel(), 1))
+    pmi = (inverse @ counts @ inverse * total).tocsr()
+    pmi.data = np.maximum(np.log(np.maximum(pmi.data, 1e-12)), 0)
+    pmi.eliminate_zeros()
+    model = TruncatedSVD(min(width, len(data.words) - 1), random_state=seed).fit(pmi)
+    roots = np.sqrt(np.maximum(model.singular_values_, 1e-12))
+    return (model.transform(pmi) / roots).astype(np.float32)                # transform gives U S
 
 
+def pair_counts(data: Data) -> csr_matrix:
+    """(V, V) how often two words stand at most `window` apart in a training row."""
+    V = len(data.words)
+    ids, offsets = data.encoded.flat(data.train)
+    row = np.repeat(np.arange(len(data.train)), np.diff(offsets))           # of each token
+    counts = csr_matrix((V, V))
+    for distance in range(1, STATIC_VECTORS["window"] + 1):
+        same_row = row[distance:] == row[:-distance]
+        first = ids[:-distance][same_row]
+        second = ids[distance:][same_row]
+        counts += coo_matrix((np.ones(len(first)), (first, second)), shape=(V, V)).tocsr()
+    return counts + counts.T
+
+
+# ----------------------------------------------------------------------------------------------- linear model
+def texts_of(part: Part) -> list[str]:
+    """The texts of rows that have one text each."""
+    return [text for text, in part.texts]
+
+
+def count_words(corpus: Sequence[str]) -> dict[int, TfidfVectorizer]:
+    """{n: TF-IDF weights of all sequences of 1 to n words}, counted in all texts, labelled or not."""
+    return {n: TfidfVectorizer(ngram_range=(1, n), sublinear_tf=True, min_df=2).fit(corpus) for n in (1, 2)}
+
+
+def tfidf(task: Task, vectorizers: dict[int, TfidfVectorizer]) -> tuple[dict, np.ndarray]:
+    """(row, predictions on test rows) of the linear model that is best on the validation rows."""
+    tried = {}
+    for n, vectorizer in vectorizers.items():
+        train = vectorizer.transform(texts_of(task.train))
+        validation = vectorizer.transform(texts_of(task.validation))
+        test = vectorizer.transform(texts_of(task.test))
+        for kind, C in LINEAR_MODELS:
+            model = LinearSVC(C=C, random_state=0) if kind == "svm" else LogisticRegression(C=C, max_iter=200)
+            model.fit(train, task.train.labels)
+            accuracy = float(model.score(validation, task.validation.labels))
+            name = f"{kind}, C {C:g}, 1-{n}-grams"
+            tried[name] = accuracy
+            print(f"TF-IDF {name}: {accuracy:.2%} of validation rows", flush=True)
+            if accuracy == max(tried.values()):                             # of equal ones the last
+                predicted = model.predict(test)
+    correct = predicted == task.test.labels
+    numbers = {"tried": tried, "seeds": 1, "validation": mean_and_std([max(tried.values())]),
+               "test": mean_and_std([correct.mean()]), "ensemble": float(correct.mean()), "fresh": None}
+    if task.fresh.any():
+        numbers["fresh"] = mean_and_std([correct[task.fresh].mean()])
+    return numbers, predicted
+
+
+# ----------------------------------------------------------------------------------------------- comparison
 def row(result: dict, setting: str) -> tuple[dict, np.ndarray]:
     """(row, predictions on test rows) of one setting of a classification JSON."""
     numbers = result["settings"][setting]
     test = numbers["test"]
+    each = {part: [seed["accuracy"] for seed in numbers[part]["seeds"]] for part in ("validation", "test")}
+    fresh = test["fresh"]["accuracy"] if "fresh" in test else None
+    predicted = np.array(list(numbers["predictions"]), dtype=int)
     return {"seeds": len(test["seeds"]), "validation": numbers["validation"]["accuracy"], "test": test["accuracy"],
-            "together": test["together"]["accuracy"], "fresh": test["fresh"]["accuracy"] if "fresh" in test else None,
-            "each": {part: [seed["accuracy"] for seed in numbers[part]["seeds"]] for part in ("validation", "test")},
-            "minutes": result["minutes"], "ngrams": "ngrams" in result}, np.array([*numbers["predictions"]], dtype=int)
+            "ensemble": test["ensemble"]["accuracy"], "fresh": fresh, "each": each,
+            "minutes": result["minutes"]}, predicted
 
 
-def read_run(path: Path, digest: str, rows: int, wanted: dict) -> dict | None:
-    """The JSON of a run on this biLM and as many test rows that was made with the wanted knobs; None without one."""
+def finished_run(path: Path, digest: str, rows: int, options: dict) -> dict | None:
+    """The JSON of a run with these options on this biLM and this number of test rows; None if there is none."""
     if not path.exists():
         return None
-    try:
-        result = json.loads(read_text(path))
-        fits = all(len(numbers["predictions"]) == rows for numbers in result["settings"].values())
-        return result if fits and result["bilm"] == digest and wanted.items() <= result["config"].items() else None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is not what classification.py writes ({error!r}); delete it") from None
+    with read_json(path) as result:
+        sizes = {len(numbers["predictions"]) for numbers in result["settings"].values()}
+        fits = sizes == {rows} and result["bilm"] == digest and options.items() <= result["config"].items()
+    return result if fits else None
 
 
-@script("baselines.py")
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0, 2 for an input that the user can mend, 130 after Ctrl-C."""
-    config, options = script_arguments(argv, Config, "baselines.py", __doc__, ROOT / "models", {
-        "--bilstm": {"metavar": "FILE", "type": Path, "default": ROOT / "models" / "bilstm.pt", "help": "the biLM"},
-        "--build": {"metavar": "DIR", "type": Path, "default": ROOT / "build" / "baselines",
-                    "help": "folder of the runs (default build/baselines)"}})
-    switches = config.finetune, config.ensemble, config.ngrams
-    if (config.task, config.fields, *switches) != ("ag_news", "description", False, False, False):
-        raise InputError("baselines are for ag_news by its descriptions, not fine-tuned; leave those knobs out")
-    elmo = ELMo.load(options.bilstm)
-    task = read_task(config, elmo.config)
-    size, rows, found = len(task.test), {}, {}
-    rows["tfidf"], found["tfidf"] = tfidf(task)
-    for kind in VECTORS:
-        path, wanted = options.build / f"{kind}.json", replace(config, vectors=kind, setting="trainable")
-        free = ("log_every", "save_every", "track")      # no number depends on these
-        knobs = {name: value for name, value in vars(wanted).items() if name not in free}
-        if (result := read_run(path, elmo.digest, size, knobs)) is None:
-            print(f"training the head on {kind}", flush=True)
-            if status := classify(wanted, options.build, options.bilstm, options.resume):
-                return status
-            result = read_run(path, elmo.digest, size, knobs)
-        rows[kind], found[kind] = row(result, "trainable")
-    for name in ("classification", "finetuned"):
-        result = read_run(options.out / f"{name}.json", elmo.digest, size, {}) or {"settings": {}}
-        for setting in result["settings"]:
-            key = name if name == "finetuned" else setting
-            rows[key], found[key] = row(result, setting)
-    for key, numbers in rows.items():
-        numbers["against"] = {other: mcnemar(found[key] == task.test.labels, found[other] == task.test.labels)
-                              for other in ("word2vec", "tfidf", "layer0") if other != key}
-    write_json(options.out / "baselines.json", {
-        "command": " ".join(["python", "report/baselines.py", *(sys.argv[1:] if argv is None else argv)]),
-        "config": asdict(config), "versions": versions(), "machine": machine(torch.device(default_device())),
-        "minutes": sum(rows[key]["minutes"] for key in ("tfidf", *VECTORS)), "bilm": elmo.digest, "rows": rows})
-    print(table(rows))
-    return 0
+def compare(found: dict[str, tuple[dict, np.ndarray]], gold: np.ndarray) -> dict:
+    """rows of baselines.json from {name: (row, predictions)}."""
+    correct = {name: predicted == gold for name, (_, predicted) in found.items()}
+    rows = {}
+    for name, (numbers, _) in found.items():
+        against = {other: mcnemar(correct[name], correct[other]) for other in COMPARED if other != name}
+        rows[name] = numbers | {"against": against}
+    return rows
 
 
 def table(rows: dict) -> str:
     """Lines to print."""
-    lines = [f"{'accuracy':<12}{'validation':>11}{'test':>9}{'deviation':>11}{'fresh':>9}{'seeds together':>16}"
-             "   against word2vec, tfidf, layer 0"]
-    for name, r in rows.items():
-        deviation = "-" if r["test"]["deviation"] is None else f"{r['test']['deviation']:.2%}"
-        against = "; ".join(f"{a['difference']:+.2%} p {a['p']:.1e}" for a in r["against"].values())
-        fresh = f"{r['fresh']['mean']:.2%}" if r["fresh"] else "-"
-        lines.append(f"{name:<12}{r['validation']['mean']:>11.2%}{r['test']['mean']:>9.2%}"
-                     f"{deviation:>11}{fresh:>9}{r['together']:>16.2%}   {against}")
+    lines = [f"{'accuracy':<12}{'validation':>11}{'test':>9}{'std':>9}{'fresh':>9}{'ensemble':>10}"
+             "   against word2vec, tfidf, layer0"]
+    for name, numbers in rows.items():
+        test = numbers["test"]
+        std = "-" if test["std"] is None else f"{test['std']:.2%}"
+        fresh = f"{numbers['fresh']['mean']:.2%}" if numbers["fresh"] else "-"
+        against = "; ".join(f"{test['difference']:+.2%} p {test['p']:.1e}" for test in numbers["against"].values())
+        lines.append(f"{name:<12}{numbers['validation']['mean']:>11.2%}{test['mean']:>9.2%}{std:>9}{fresh:>9}"
+                     f"{numbers['ensemble']:>10.2%}   {against}")
     return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------------- main
+def train_linear(task: Task) -> tuple[dict, np.ndarray]:
+    """`tfidf` on all labelled rows, with the minutes that it took."""
+    begin = time.perf_counter()
+    numbers, predicted = tfidf(task, count_words(task.corpus))
+    return numbers | {"minutes": (time.perf_counter() - begin) / 60}, predicted
+
+
+def train_head(kind: str, config: Config, options, elmo: ELMo, test_rows: int) -> dict | None:
+    """The JSON of the head on one kind of vectors, trained if there is none yet; None if training was stopped."""
+    config = replace(config, setting="trainable")
+    without_effect = ("log_every", "save_every", "track")                   # no number depends on these
+    wanted = {name: value for name, value in asdict(config).items() if name not in without_effect}
+    path = options.build / f"{kind}.json"
+    result = finished_run(path, elmo.digest, test_rows, wanted)
+    if result is not None:
+        return result
+    print(f"training the head on {kind}", flush=True)
+    classify(config, options.build, options.bilstm, options.resume, partial(make_vectors, kind), kind)
+    return finished_run(path, elmo.digest, test_rows, wanted)
+
+
+@script("baselines.py")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 0, 2 for an input that the user can fix, 130 after Ctrl-C."""
+    config, options = script_arguments(argv, Config, "baselines.py", __doc__, ROOT / "models", {
+        "--bilstm": {"metavar": "FILE", "type": Path, "default": ROOT / "models" / "bilstm.pt", "help": "the biLM"},
+        "--build": {"metavar": "DIR", "type": Path, "default": ROOT / "build" / "baselines",
+                    "help": "folder of the runs (default build/baselines)"}})
+    if config.stem != "classifier":
+        raise InputError("baselines are for ag_news by its descriptions, neither adapted nor fine-tuned; leave those "
+                         "options out")
+    elmo = ELMo.load(options.bilstm)
+    task = read_task(config, elmo.config)
+    found = {"tfidf": train_linear(task)}
+    for kind in VECTORS:
+        result = train_head(kind, config, options, elmo, len(task.test))
+        if result is None:
+            return 130
+        found[kind] = row(result, "trainable")
+    minutes = sum(numbers["minutes"] for numbers, _ in found.values())
+    published = finished_run(options.out / "classification.json", elmo.digest, len(task.test), {})
+    if published is not None:
+        found |= {setting: row(published, setting) for setting in published["settings"]}
+    rows = compare(found, task.test.labels)
+    command = ["python", "report/baselines.py", *(sys.argv[1:] if argv is None else argv)]
+    write_json(options.out / "baselines.json", {
+        "command": " ".join(command), "config": asdict(config), "versions": machine.versions(),
+        "machine": machine.describe(torch.device(machine.default_device())), "minutes": minutes, "bilm": elmo.digest,
+        "rows": rows})
+    print(table(rows))
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,45 +1,33 @@
-"""How fast this machine trains, embeds, tokenizes and starts: a table, and models/bench.json.
+"""How fast this machine trains, embeds, classifies, tokenizes and starts, idle and beside a busy process.
 
-    python report/bench.py                          the published Config on the real rows; under 20 minutes on two cores
-    python report/bench.py --quick                  shorter measures, none in processes of their own; 3 minutes
-    python report/bench.py --hidden 96 --rows 9000  any knob of ELMO.py
-    python report/bench.py --to-perplexity 150      also minutes to that validation perplexity, on a tenth of the rows
+    python report/bench.py                              the published models on the real rows, 8 minutes on two cores
+    python report/bench.py --quick                      shorter measures, 3 minutes
+    python report/bench.py --hidden 96 --rows 9000      any option of ELMO.py, for the training that is measured
 
-Schema of bench.json; up to `widths` the median of three interleaved repeats, a ratio taken within its repeat first:
-    tokens_per_second: of Trainer.step; targets of both directions, end symbols in, padding out
-    common_loop_tokens_per_second, common_loop_batch_padded_tokens_per_second, plain_fp32_tokens_per_second,
-        plain_bf16_tokens_per_second: of the loops of report/loops.py, the common one padded to the longest row of the
-        corpus (common_loop_positions) or per batch; times_<loop>: tokens_per_second over these
-    fp32_gflops, bf16_gflops: of a square product of 2,048; peak {precision, gflops}: the precision of training
-    share_of_peak: tokens_per_second x operations_per_target / peak, where operations_per_target is
-        6 x (matrices of one direction's LSTMs + P x (negatives + 1)), with nothing for padding or recomputation
-    share_of_products: time of a step's own matrix products, made alone, over the time of the step; same batches
-    step_time_100k_over_10k, step_time_800k_over_10k: a step with vocabularies of these sizes, on the same rows
-    embed_fp32_per_second, embed_bf16_per_second: descriptions through embed_stream; predict_per_second: through
-        Classifier.predict, bf16 where it is fast; embed {model, texts, config, bf16_computed_in}
-    tokenize_rows_per_second, tokenize_open_seconds (from the cache): of tokenized_rows descriptions
-    startup_seconds: of python ELMO.py --help; seconds: of the bench
-    widths [{width, tokens_per_second, share_of_peak}]: P = H, once
-    passes.{training, classification, embed_fp32, embed_bf16}: some steps (embed: descriptions), the same each time:
-        precision, seconds, operations (of their matrix products), share_of_peak (operations / seconds / the peak of
-        that precision), kernels {name: share of the time by PyTorch's profiler, embedding on one core; below 1 %
-        together as "others"}; classification: the frozen biLM with nine heads, three settings of three seeds, where
-        the corpus has enough rows
-    scaling [{rows, seconds, peak_memory_gb}]: tokenizing and one epoch of a small model on so many rows of the
-        built-in corpus, medians of three; off_linear: the largest |seconds a row / their mean - 1|
-    processes {one, two}: tokens/s of a process of one thread, and of torchrun with two of them, once
-    machine, versions, config, command, quick, peak_memory_gb, repeats [{number: value}, ..]
-    to_perplexity {command, perplexity, rows, most_minutes, minutes {loop: minutes or null}, ended {loop: perplexity}}
-    devices {name: the same}: runs on other devices, kept when the file is written anew
+OUT/bench.json has the median of three repeats of every number. All measures have a turn in each repeat, in the opposite
+order in the second one, after a warm-up that does not count. Ratios are taken within a repeat.
+    tokens_per_second: training by ELMO.py; targets of both directions, end symbols included, padding left out
+    classification_rows_per_second: training by classification.py, nine heads on the frozen biLM
+    busy_tokens_per_second, busy_classification_rows_per_second: the same beside one process that is always busy
+    busy_over_idle_tokens, busy_over_idle_classification: the share of the idle speed that is left beside it
+    common_loop_tokens_per_second, plain_loop_tokens_per_second: training by `common_loop` and `plain_loop` below
+    times_common_loop, times_plain_loop: tokens_per_second over these
+    step_seconds_{10k, 28k, 100k, 800k}: a training step with so many words, on the same rows; step_time_800k_over_28k
+    embed_fp32_per_second, embed_bf16_per_second: descriptions through `ELMo.embed_stream`
+    predict_per_second: descriptions through `Classifier.predict`, in bf16 if it is fast
+    tokenize_rows_per_second: descriptions, into an empty cache; tokenize_open_seconds: opening that cache again
+    startup_seconds: `python ELMO.py --help`
+    repeats [{number: value}, ..]; vocabulary (of the training), tokenized_rows, embedded_texts: sizes of the measures
+    training_memory_gb: peak of this process after its first training steps; peak_memory_gb: at the end (800,000 words)
+    command, quick, config, versions, machine (with load_before, the load average at the start), seconds (of the bench)
 """
-import argparse
-import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -48,402 +36,263 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # run as `python report/bench.py`
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # for `python report/bench.py`
 
 import classification
 import ELMO
-from classification import Classifier
-from data import sample
-from data.files import InputError, write_json
-from data.knobs import Parser, add_knobs, script
-from data.machine import default_device, fast_bf16, keep_freed_memory, machine, peak_memory_gb, versions
-from data.prepare import read_task
-from data.text import Data, tokenized
-from report.loops import CommonLoop, PlainLoop, perplexity, products, resize
+from data.ag_news import CACHE, read_ag_news
+from data.batches import batches, collate
+from data.tasks import EncodedTexts, ag_news_part
+from data.text import PAD, UNK, Data, Encoded, Vocabulary, tokenize_texts
+from run.files import write_json
+from run.machine import autocast, compute_dtype, default_device, describe, keep_freed_memory, peak_memory_gb, versions
+from run.options import script, script_arguments
 
-ROOT = Path(__file__).resolve().parent.parent
 REPEATS = 3
-SIDE = 2048                                             # of the square product that measures the peak
-SIZES = {"10k": 10_000, "100k": 100_000, "800k": 800_000}
-WIDTHS = (128, 256, 512, 1024)
-ROWS = (16_000, 32_000, 64_000, 128_000)                # of the built-in corpus: 1x, 2x, 4x, 8x
-PLANS = {   # by --quick: seconds of a measure, fewest padded steps and pairs of steps, texts embedded, rows tokenized
-    True: {"seconds": 2.0, "padded": 1, "pairs": 2, "texts": 300, "rows": 10_000},
-    False: {"seconds": 14.0, "padded": 2, "pairs": 6, "texts": 2000, "rows": None}}
+SIZES = {"10k": 10_000, "28k": 28_000, "100k": 100_000, "800k": 800_000}        # words of the vocabularies
+COMMON_WORDS = 14_000
+SECONDS = 14.0          # of a measure of training
+QUICK_SECONDS = 2.0     # the same for --quick
+TEXTS = 1000            # embedded and classified
+# `while True: pass`, but it ends if the bench is killed.
+BUSY = "import os, sys\nwhile os.getppid() == int(sys.argv[1]):\n    for _ in range(1_000_000): pass"
+RATIOS = {                                                  # name: (numerator, denominator)
+    "busy_over_idle_tokens": ("busy_tokens_per_second", "tokens_per_second"),
+    "busy_over_idle_classification": ("busy_classification_rows_per_second", "classification_rows_per_second"),
+    "times_common_loop": ("tokens_per_second", "common_loop_tokens_per_second"),
+    "times_plain_loop": ("tokens_per_second", "plain_loop_tokens_per_second"),
+    "step_time_800k_over_28k": ("step_seconds_800k", "step_seconds_28k")}
 
 
-# --------------------------------------------------------------------------------------------------- measuring
-def timed(call: Callable[[], float], device: torch.device, seconds: float = 0.0, least: int = 1) -> float:
-    """Work per second of a call that returns its work, made `least` times or more, for `seconds` or longer."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    begin, work, calls = time.perf_counter(), 0, 0
-    while calls < least or time.perf_counter() - begin < seconds:
-        work, calls = work + call(), calls + 1
-    wait()
-    return work / (time.perf_counter() - begin)
+# ------------------------------------------------------------------------------------------------ other loops
+class CommonModel(nn.Module):
+    """The models of public copies of the assignment: per direction two LSTM layers of 300 and an untied softmax."""
+
+    def __init__(self):
+        super().__init__()
+        self.embeddings = nn.ModuleList(nn.Embedding(COMMON_WORDS, 300) for _ in range(2))
+        self.lstms = nn.ModuleList(nn.LSTM(300, 300, num_layers=2) for _ in range(2))
+        self.softmaxes = nn.ModuleList(nn.Linear(300, COMMON_WORDS) for _ in range(2))
+
+    def nll(self, d: int, x: Tensor, y: Tensor) -> Tensor:
+        """Summed nll of direction d; x and y (T, B)."""
+        h, _ = self.lstms[d](self.embeddings[d](x))                                     # (T, B, 300)
+        logits = self.softmaxes[d](h)                                                   # (T, B, 14,000)
+        return F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=PAD, reduction="sum")
 
 
-def seconds_of(call: Callable, device: torch.device) -> float:
-    """Of one call."""
-    return 1 / timed(lambda: (call(), 1)[1], device)
+class PlainModel(ELMO.BiLM):
+    """ELMo's biLM with a dense gradient of the word table and the full softmax."""
+
+    def nll(self, d: int, x: Tensor, y: Tensor) -> Tensor:
+        """Summed nll of direction d; x and y (T, B)."""
+        ones = torch.ones(1, x.shape[1], self.config.width, device=x.device)
+        masks = [F.dropout(ones, self.config.dropout) for _ in range(ELMO.LAYERS + 1)]
+        with autocast(x.device, compute_dtype(self.config.precision, x.device)):
+            h = self.states(d, F.embedding(x, self.table), masks)[-1]                   # (T, B, P)
+            logits = F.linear(h[y != PAD], self.table, self.bias[:, 0])                 # (N, V)
+            return F.cross_entropy(logits, y[y != PAD], reduction="sum")
 
 
-def product(dtype: torch.dtype, device: torch.device) -> Callable[[], float]:
-    """A call that multiplies two square matrices and returns its operations in units of 1e9."""
-    a, b = (torch.randn(SIDE, SIDE, device=device).to(dtype) for _ in range(2))
-    out = torch.empty_like(a)
-    def call() -> float:
-        torch.mm(a, b, out=out)
-        return 2 * SIDE**3 / 1e9
-    return call
+@dataclass
+class Loop:
+    """The usual training loop, with torch's own threads: one direction after the other, then one dense update."""
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    encoded: Encoded
+    batches: list[np.ndarray]
+    device: torch.device
+
+    def step(self, number: int) -> tuple[float, int]:
+        """One update; returns (summed nll, targets) of the batch."""
+        x, y = (ids.to(self.device) for ids in collate(self.encoded, self.batches[number % len(self.batches)]))
+        targets = int((y != PAD).sum())
+        total = 0.0
+        for d in range(2):
+            nll = self.model.nll(d, x[d], y[d])
+            (nll / targets).backward()
+            total += nll.item()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return total, targets
+
+
+def common_loop(config: ELMO.Config, data: Data, device: torch.device) -> Loop:
+    """How public copies train: fp32, Adam, 16 rows per batch in random order, words beyond 14,000 as <unk>."""
+    model = CommonModel().to(device)
+    order = np.random.default_rng(config.seed).permutation(data.train)
+    rows = [order[first:first + 16] for first in range(0, len(order), 16)]
+    return Loop(model, torch.optim.Adam(model.parameters()), resized(data, COMMON_WORDS).encoded, rows, device)
+
+
+def plain_loop(config: ELMO.Config, data: Data, device: torch.device) -> Loop:
+    """The model, precision and batch size of ELMO.py with the full softmax and a dense AdamW for all weights."""
+    model = PlainModel(config, len(data.words)).to(device)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    adamw = torch.optim.AdamW(weights, lr=config.lr, weight_decay=0.0, fused=True)
+    parts = batches(data.encoded.lengths[data.train], config.batch_tokens, np.random.default_rng(config.seed))
+    return Loop(model, adamw, data.encoded, [data.train[part] for part in parts], device)
+
+
+class Resized(Data):
+    """Data with another vocabulary. Words that no row holds count once, so that they are sampled too."""
+
+    def counts(self) -> np.ndarray:
+        return np.maximum(super().counts(), 1)
+
+
+def resized(data: Data, size: int) -> Resized:
+    """The same rows with `size` words: the rarest words become <unk>, or words that no row holds are added."""
+    words = data.words.words[:size] + [f"extra{i}" for i in range(size - len(data.words))]
+    lookup = np.where(data.encoded.lookup < size, data.encoded.lookup, UNK)
+    return Resized(Vocabulary(words), replace(data.encoded, lookup=lookup), data.train, data.validation)
+
+
+# -------------------------------------------------------------------------------------------------- measuring
+@contextmanager
+def busy_process() -> Iterator[None]:
+    """Another process keeps a core busy inside the context."""
+    process = subprocess.Popen([sys.executable, "-c", BUSY, str(os.getpid())])
+    try:
+        time.sleep(0.3)                 # until it has started
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def training_speed(name: str, trainer, seconds: float) -> dict[str, float]:
+    """{name: targets or rows per second} of the steps 0, 1, 2, .., as many as take `seconds`."""
+    items = 0
+    begin = time.perf_counter()
+    for number in count():
+        items += trainer.step(number)[1]            # reads the loss, and so waits for the device
+        elapsed = time.perf_counter() - begin
+        if elapsed >= seconds:
+            return {name: items / elapsed}
+
+
+def busy_training_speed(name: str, trainer, seconds: float) -> dict[str, float]:
+    """The same beside a busy process."""
+    with busy_process():
+        return training_speed(f"busy_{name}", trainer, seconds)
+
+
+def seconds_of(call: Callable) -> float:
+    """Seconds of one call."""
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def step_seconds(trainers: dict[str, ELMO.Trainer], seconds: float) -> dict[str, float]:
+    """Mean seconds of a step for each trainer: the same steps, in turn and back, about `seconds` for each trainer."""
+    spent = dict.fromkeys(trainers, 0.0)
+    names = list(trainers)
+    for number in count():
+        for name in names:
+            spent[name] += seconds_of(partial(trainers[name].step, number))
+        names.reverse()
+        if number % 2 == 1 and sum(spent.values()) >= seconds * len(trainers):
+            return {f"step_seconds_{name}": total / (number + 1) for name, total in spent.items()}
+
+
+def tokenizing(texts: list[str]) -> dict[str, float]:
+    """A first tokenization into an empty cache, and a second one, which only opens it."""
+    with TemporaryDirectory() as cache:
+        first, second = (seconds_of(partial(tokenize_texts, texts, Path(cache))) for _ in range(2))
+    return {"tokenize_rows_per_second": len(texts) / first, "tokenize_open_seconds": second}
+
+
+def startup() -> dict[str, float]:
+    """A process that prints the help of ELMO.py."""
+    command = [sys.executable, str(ELMO.HERE / "ELMO.py"), "--help"]
+    return {"startup_seconds": seconds_of(partial(subprocess.run, command, stdout=subprocess.DEVNULL, check=True))}
 
 
 def interleaved(measures: Sequence[Callable[[], dict]]) -> list[dict]:
-    """The numbers of every repeat; each measure has its turn in each of them, so that drift meets all alike."""
-    found = [{} for _ in range(REPEATS)]
-    for i, repeat in enumerate(found, start=1):
-        for measure in measures:
-            repeat |= (new := measure())
-            print(f"repeat {i} of {REPEATS}: " + ", ".join(f"{k} {v:,.4g}" for k, v in new.items()), flush=True)
-    return found
-
-
-def steps_per_second(trainers: dict[str, ELMO.Trainer], numbers: Iterator[int], seconds: float, least: int) -> dict:
-    """{name: steps a second} on the same rows in turn, so that only what differs between the trainers tells."""
-    begin, spent, n, device = time.perf_counter(), dict.fromkeys(trainers, 0.0), 0, next(iter(trainers.values())).device
-    while n < least or time.perf_counter() - begin < seconds:
-        step, n = next(numbers), n + 1
-        for name, trainer in (reversed(trainers.items()) if n % 2 else trainers.items()):
-            spent[name] += seconds_of(partial(trainer.step, step), device)
-    return {name: n / spent[name] for name in trainers}
-
-
-def share_of_products(trainer: ELMO.Trainer, numbers: Iterator[int], pairs: int) -> dict:
-    """Time of the products of some steps over the time of these steps."""
-    alone = whole = 0.0
-    for _, step in zip(range(pairs), numbers, strict=False):
-        call = products(trainer, step)
-        call()
-        alone += seconds_of(call, trainer.device)
-        whole += seconds_of(partial(trainer.step, step), trainer.device)
-    return {"share_of_products": alone / whole}
-
-
-def operations_per_target(trainer: ELMO.Trainer) -> int:
-    """6 per weight used, 2 forward and 4 backward: one direction's matrices, the target's row and the negatives'."""
-    matrices = [w[0] for layer in trainer.model.layers for w in layer.parameters() if w.dim() == 3]
-    return 6 * (sum(w.numel() for w in matrices) + trainer.config.output * (trainer.negatives.draws + 1))
-
-
-def baddbmm_operations(out: Sequence, a: Sequence, b: Sequence, **_) -> int:
-    """Of aten::baddbmm_, an LSTM's recurrent product, from its shapes; PyTorch's counter does not know it."""
-    return 2 * a[0] * a[1] * a[2] * b[2]
-
-
-def operations(call: Callable) -> int:
-    """Of the matrix products of a call, two for each multiplication and its addition, in this thread."""
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: baddbmm_operations}) as counter:
-        call()
-    return counter.get_total_flops()
-
-
-def kernels(call: Callable, device: torch.device) -> dict:
-    """{name: share of the device's time} of a call's kernels in this thread, largest first; below 1 % as "others"."""
-    cuda = device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda]) as profiler:
-        call()
-    times = {event.key: event.self_device_time_total if cuda else event.self_cpu_time_total
-             for event in profiler.key_averages() if (event.device_type == DeviceType.CUDA) == cuda}
-    shares = {name: time / sum(times.values()) for name, time in sorted(times.items(), key=lambda pair: -pair[1])}
-    large = {name: share for name, share in shares.items() if share >= 0.01}
-    return large | {"others": 1 - sum(large.values())}
-
-
-def one_pass(call: Callable, dtype: torch.dtype, peaks: dict, device: torch.device, one_core: bool = False) -> dict:
-    """What a call on the same rows takes each time and where it goes: `passes` above; `peaks` by precision.
-
-    one_core: the call spreads its work over threads, so that only what it does on one core can be counted.
-    """
-    call()
-    precision, cores = "bf16" if dtype == torch.bfloat16 else "fp32", torch.get_num_threads()
-    seconds = seconds_of(call, device)
-    try:
-        if one_core:                        # what other threads do is neither counted nor profiled
-            torch.set_num_threads(1)
-        count, found = operations(call), kernels(call, device)
-    finally:
-        torch.set_num_threads(cores)
-    return {"precision": precision, "seconds": seconds, "operations": count,
-            "share_of_peak": count / seconds / (peaks[f"{precision}_gflops"] * 1e9), "kernels": found}
+    """The numbers of each repeat. Every measure has its turn in each, so that a slow minute does not meet one alone."""
+    repeats = [{} for _ in range(REPEATS)]
+    for number, repeat in enumerate(repeats):
+        for measure in measures if number % 2 == 0 else reversed(measures):
+            found = measure()
+            repeat.update(found)
+            values = ", ".join(f"{name} {value:,.4g}" for name, value in found.items())
+            print(f"repeat {number + 1} of {REPEATS}: {values}", flush=True)
+    return repeats
 
 
 # ------------------------------------------------------------------------------------------- what is measured
-def tokenizing(texts: list[str], config: ELMO.Config) -> dict:
-    """Rows per second of a first tokenization into an empty cache, and the seconds of opening it again."""
-    with TemporaryDirectory() as cache:
-        first, again = (timed(lambda: len(tokenized(texts, config, Path(cache))), torch.device("cpu"))
-                        for _ in range(2))
-    return {"tokenize_rows_per_second": first, "tokenize_open_seconds": len(texts) / again}
+def head_trainer(elmo: ELMO.ELMo) -> classification.Trainer:
+    """Nine heads, three settings with three seeds, on the rows of train.csv."""
+    config = classification.Config(seeds=3)
+    part = EncodedTexts(ag_news_part(read_ag_news("train"), config.fields), elmo, CACHE)
+    vectors = classification.ELMoVectors(elmo.model)
+    return classification.Trainer(config, vectors, {"train": part}, 4, range(config.seeds))
 
 
-def startup() -> dict:
-    """Seconds of a process that prints the help of ELMO.py."""
-    begin = time.perf_counter()
-    subprocess.run([sys.executable, ROOT / "ELMO.py", "--help"], stdout=subprocess.DEVNULL, check=True)
-    return {"startup_seconds": time.perf_counter() - begin}
+def inference(classifier: classification.Classifier, texts: list[str]) -> dict[str, float]:
+    """Descriptions per second, embedded in two precisions and classified."""
+    def embed(precision: str) -> None:
+        for _ in classifier.elmo.embed_stream(texts, precision):
+            pass
+    seconds = {"embed_fp32_per_second": seconds_of(partial(embed, "fp32")),
+               "embed_bf16_per_second": seconds_of(partial(embed, "bf16")),
+               "predict_per_second": seconds_of(partial(classifier.predict, texts, "auto"))}
+    return {name: len(texts) / value for name, value in seconds.items()}
 
 
-def published(config: ELMO.Config, data: Data, device: torch.device) -> tuple[ELMO.ELMo, Classifier | None]:
-    """The committed biLM and classifier; where there are none an untrained biLM."""
-    files = [ROOT / "models" / name for name in ("bilstm.pt", "classifier.pt")]
-    if not all(file.exists() for file in files):
-        return ELMO.ELMo(config, data.words, ELMO.BiLM(config, len(data.words)).to(device)), None
-    return ELMO.ELMo.load(files[0], str(device)), Classifier.load(files[1], files[0], device=str(device))
-
-
-def speeds(trainer: ELMO.Trainer, elmo: ELMO.ELMo, classifier: Classifier | None, texts: list[str], positions: int,
-           plan: dict) -> list[dict]:
-    """The repeats of all that multiplies matrices; each measure is warmed up by steps that do not count."""
-    data, device, config, seconds = trainer.data, trainer.device, trainer.config, plan["seconds"]
-    numbers, rate = count(), partial(timed, device=device)
-    step = lambda: trainer.step(next(numbers))[1]       # noqa: E731
-    grown = {name: ELMO.Trainer(config, resize(data, size), device) for name, size in SIZES.items()}
-    loops = {"common_loop_batch_padded": CommonLoop(data, 0, config.seed, device),
-             "plain_fp32": PlainLoop(config, data, torch.float32, device)}
-    if fast_bf16(device):       # emulated, a step may take minutes
-        loops["plain_bf16"] = PlainLoop(config, data, torch.bfloat16, device)
-    common = CommonLoop(data, positions, config.seed, device)
-    squares = {"fp32": product(torch.float32, device), "bf16": product(torch.bfloat16, device)}
-    brief = {"fp32": seconds / 8, "bf16": seconds / 8 * fast_bf16(device)}
-    embed = {name: lambda texts=texts, name=name: sum(1 for _ in elmo.embed_stream(texts, name)) for name in squares}
-    predict = (lambda: len(classifier.predict(texts, "auto"))) if classifier else None
-    for warm_up in (step, step, *(partial(t.step, 0) for t in grown.values()), *loops.values(), common,
-                    *squares.values(), *(partial(call, texts[:8]) for call in embed.values()), predict or step):
-        warm_up()
-    def sizes() -> dict:
-        found = steps_per_second(grown, numbers, seconds, plan["pairs"])
-        return {f"step_time_{name}_over_10k": found["10k"] / found[name] for name in list(SIZES)[1:]}
-    return interleaved([
-        lambda: {f"{name}_gflops": rate(call, seconds=brief[name]) for name, call in squares.items()},
-        lambda: {"tokens_per_second": rate(step, seconds=seconds)},
-        lambda: share_of_products(trainer, numbers, 2 * plan["pairs"]),
-        *(lambda name=name, loop=loop: {f"{name}_tokens_per_second": rate(loop, seconds=seconds)}
-          for name, loop in loops.items()),
-        lambda: {"common_loop_tokens_per_second": rate(common, seconds=seconds, least=plan["padded"])},
-        sizes,
-        lambda: {f"embed_{name}_per_second": rate(call) for name, call in embed.items()},
-        *([lambda: {"predict_per_second": rate(predict)}] if predict else [])])
-
-
-def passes(trainer: ELMO.Trainer, elmo: ELMO.ELMo, classifier: Classifier | None, texts: list[str], peaks: dict,
-           steps: int) -> dict:
-    """Training, classification and embedding by kernels; classification where the published files are there."""
-    device, numbers = trainer.device, range(steps)
-    fast = torch.bfloat16 if fast_bf16(device) else torch.float32
-    calls = {"training": (lambda: [trainer.step(step) for step in numbers], trainer.dtype)}
-    if classifier and len(trainer.data.encoded.tokens) > elmo.config.validation:
-        config = classification.Config(seeds=3)
-        task = read_task(config, elmo.config)
-        parts = {"train": classification.Texts(task.train, elmo, ELMO.CACHE)}
-        heads = classification.Trainer(config, classification.Vectors("elmo", elmo.model), parts, len(task.labels),
-                                       range(config.seeds))
-        calls["classification"] = (lambda: [heads.step(step) for step in numbers], heads.dtype)
-    for name, dtype in (("fp32", torch.float32), ("bf16", fast)):
-        calls[f"embed_{name}"] = (lambda name=name: [0 for _ in elmo.embed_stream(texts, name)], dtype)
-    out = {}
-    for name, (call, dtype) in calls.items():
-        out[name] = one_pass(call, dtype, peaks, device, one_core="embed" in name)
-        print(f"{name}: {out[name]['share_of_peak']:.0%} of the {out[name]['precision']} peak", flush=True)
-    return out
-
-
-def widths(config: ELMO.Config, data: Data, device: torch.device, peak: float, seconds: float) -> list[dict]:
-    """Training at other widths, P = H, each after two steps that do not count."""
-    out = []
-    for width in WIDTHS:
-        trainer, numbers = ELMO.Trainer(replace(config, width=width, hidden=width), data, device), count()
-        step = lambda trainer=trainer, numbers=numbers: trainer.step(next(numbers))[1]       # noqa: E731
-        timed(step, device, least=2)
-        speed = timed(step, device, seconds)
-        out.append({"width": width, "tokens_per_second": speed,
-                    "share_of_peak": speed * operations_per_target(trainer) / (peak * 1e9)})
-        print(f"width {width}: {speed:,.0f} tokens/s", flush=True)
-    return out
-
-
-def output_of(command: list, **environment: str) -> str:
-    """What a command in a process of its own prints; InputError with the end of its errors where it fails."""
-    run = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False)
-    if run.returncode:
-        raise InputError(f"a process of the bench failed: {' '.join(run.stderr.split())[-300:]}")
-    return run.stdout
-
-
-PREPARE_AND_TRAIN = """import sys, time
-from pathlib import Path
-import torch, ELMO
-from data.machine import peak_memory_gb
-from data.text import Data
-config, begin = ELMO.Config(hidden=64, validation=200, epochs=1.0, min_count=1, batch_tokens=2000), time.perf_counter()
-data = Data.of_ag_news(config, Path(sys.argv[1]))
-trainer = ELMO.Trainer(config, data, torch.device("cpu"))
-for step in range(trainer.steps):
-    trainer.step(step)
-print(time.perf_counter() - begin, peak_memory_gb())"""
-
-
-def scaling(folder: Path) -> list[dict]:
-    """Tokenizing and one epoch on 1, 2, 4 and 8 times as many rows of the built-in corpus, in a process each."""
-    found = {rows: [] for rows in ROWS}
-    for rows in ROWS:
-        sample.write(folder / str(rows), rows, seed=0, test_rows=100)
-    for repeat in range(REPEATS):
-        for rows in ROWS:
-            command = [sys.executable, "-c", PREPARE_AND_TRAIN, folder / f"cache-{rows}-{repeat}"]
-            printed = output_of(command, AG_NEWS_DIR=str(folder / str(rows)))
-            found[rows].append([float(number) for number in printed.split()])
-            print(f"{rows:,} rows: {found[rows][-1][0]:.1f} seconds, {found[rows][-1][1]:.2f} GB", flush=True)
-    medians = {rows: [median(values) for values in zip(*runs, strict=True)] for rows, runs in found.items()}
-    return [{"rows": rows, "seconds": seconds, "peak_memory_gb": memory} for rows, (seconds, memory) in medians.items()]
-
-
-def processes(folder: Path) -> dict:
-    """Tokens a second of ELMO.py in one process of one thread, and in two of torchrun that share every batch."""
-    sample.write(folder / "corpus", 4_000, seed=0, test_rows=100)
-    out, torchrun = {}, [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    for name, launch in (("one", [sys.executable]), ("two", torchrun)):
-        knobs = ["--width", "256", "--hidden", "256", "--validation", "200", "--epochs", "2", "--min-count", "1"]
-        output_of([*launch, str(ROOT / "ELMO.py"), *knobs, "--out", str(folder / name)], OMP_NUM_THREADS="1",
-                  AG_NEWS_DIR=str(folder / "corpus"), CUDA_VISIBLE_DEVICES="")
-        out[name] = json.loads((folder / name / "pretraining.json").read_text())["tokens_per_second"]
-        print(f"{name} process(es): {out[name]:,.0f} tokens/s", flush=True)
-    return out
-
-
-def to_perplexity(config: ELMO.Config, data: Data, device: torch.device, goal: float, most: float) -> dict:
-    """Minutes of training until the validation perplexity, mean of both directions' nats, is `goal`; null after `most`.
-
-    On a tenth of the training rows, chosen by the seed, one loop after the other; the perplexity is measured ten times
-    a pass on 1,000 validation rows, outside the clock. The common loop has 14,000 words and is padded per batch.
-    """
-    few = np.sort(np.random.default_rng([config.seed, 7]).permutation(data.train)[:len(data.train) // 10])
-    rows, part = data.validation[:1000], replace(data, train=few)
-    trainer = ELMO.Trainer(replace(config, rows=0), part, device)
-    def own() -> float:
-        scores = ELMO.score_rows(trainer.model, data.encoded, rows, trainer.dtype)
-        return float(np.exp(np.log(scores.perplexity()).mean()))
-    numbers = count()
-    runs = {"elmo": (lambda: trainer.step(next(numbers)), own, trainer.per_epoch, trainer.steps)}
-    for name, loop in (("plain_fp32", PlainLoop(config, part, torch.float32, device)),
-                       ("plain_bf16", PlainLoop(config, part, torch.bfloat16, device)),
-                       ("common_loop_batch_padded", CommonLoop(part, 0, config.seed, device))):
-        if name != "plain_bf16" or fast_bf16(device):
-            per_epoch = trainer.per_epoch if "plain" in name else len(few) // 16
-            runs[name] = (loop, partial(perplexity, loop, rows), per_epoch, 10**9)
-    minutes, ended = {}, {}
-    for name, (step, measure, per_epoch, steps) in runs.items():
-        seconds, done, found = 0.0, 0, np.inf
-        while found > goal and seconds < 60 * most and done < steps:
-            some = min(max(1, per_epoch // 10), steps - done)
-            seconds, done = seconds + some / timed(lambda step=step: step() and 1, device, least=some), done + some
-            found = measure()
-            print(f"{name}: perplexity {found:.1f} after {done} steps, {seconds / 60:.2f} minutes", flush=True)
-        minutes[name], ended[name] = seconds / 60 if found <= goal else None, found
-    return {"perplexity": goal, "rows": len(few), "most_minutes": most, "minutes": minutes, "ended": ended}
-
-
-# ------------------------------------------------------------------------------------------------------- main
-def bench(config: ELMO.Config, plan: dict, quick: bool) -> dict:
-    """Everything in the file but what names the run."""
-    load, device = os.getloadavg()[0], torch.device(default_device())
-    data = Data.of_ag_news(config, ELMO.CACHE)
-    rows, texts = [text for part in data.texts for text in part][:plan["rows"]], data.texts[1][:plan["texts"]]
-    host = interleaved([partial(tokenizing, rows, config), startup])    # first, while there is little memory to fork
-    keep_freed_memory()                                                 # as data.progress.Run does
-    elmo, classifier = published(config, data, device)
-    trainer = ELMO.Trainer(config, data, device)
-    positions = int(np.diff(data.encoded.tokens.offsets)[data.train].max()) + 1
-    operations, precision = operations_per_target(trainer), "bf16" if trainer.dtype == torch.bfloat16 else "fp32"
-    found = speeds(trainer, elmo, classifier, texts, positions, plan)
-    repeats = [a | b for a, b in zip(host, found, strict=True)]
+def bench(config: ELMO.Config, seconds: float) -> dict:
+    """The numbers of bench.json."""
+    device = torch.device(default_device())
+    bilstm = ELMO.HERE / "models" / "bilstm.pt"
+    classifier = classification.Classifier.load(bilstm.with_name("classifier.pt"), bilstm, device=str(device))
+    data = Data.of_ag_news(config, CACHE)
+    rows = data.texts[0] + data.texts[1]
+    texts = data.texts[1][:TEXTS]
+    on_host = interleaved([partial(tokenizing, rows), startup])     # first, while there is little memory to fork
+    keep_freed_memory()                                             # as a training run does
+    trainers = {"tokens_per_second": ELMO.Trainer(config, data, device)}
+    training_speed("warm-up", trainers["tokens_per_second"], seconds / 2)
+    memory = peak_memory_gb()
+    trainers["classification_rows_per_second"] = head_trainer(classifier.elmo)
+    words = replace(data, encoded=replace(data.encoded, chars=None))        # word ids, whatever x is made from
+    trainers["common_loop_tokens_per_second"] = common_loop(config, words, device)
+    trainers["plain_loop_tokens_per_second"] = plain_loop(config, words, device)
+    sizes = {name: ELMO.Trainer(config, resized(data, size), device) for name, size in SIZES.items()}
+    measures = [partial(step_seconds, sizes, seconds / 2), partial(inference, classifier, texts)]
+    for name, trainer in trainers.items():
+        training_speed("warm-up", trainer, seconds / 4)
+        measures.append(partial(training_speed, name, trainer, seconds))
+        if "loop" not in name:
+            measures.append(partial(busy_training_speed, name, trainer, seconds))
+    step_seconds(sizes, 0)                                          # warm-up
+    inference(classifier, texts[:50])
+    repeats = [first | second for first, second in zip(on_host, interleaved(measures), strict=True)]
     for repeat in repeats:
-        for name in [name.removesuffix("_tokens_per_second") for name in repeat if name.endswith("_tokens_per_second")]:
-            repeat[f"times_{name}"] = repeat["tokens_per_second"] / repeat[f"{name}_tokens_per_second"]
-        repeat["share_of_peak"] = repeat["tokens_per_second"] * operations / (repeat[f"{precision}_gflops"] * 1e9)
+        repeat.update({name: repeat[above] / repeat[below] for name, (above, below) in RATIOS.items()})
     medians = {name: median(repeat[name] for repeat in repeats) for name in repeats[0]}
-    result = medians | {
-        "machine": machine(device) | {"load_before": load}, "operations_per_target": operations,
-        "peak": {"precision": precision, "gflops": medians[f"{precision}_gflops"]}, "common_loop_positions": positions,
-        "vocabulary": len(data.words), "tokenized_rows": len(rows),
-        "embed": {"model": "models/bilstm.pt" if classifier else "untrained", "texts": len(texts),
-                  "config": asdict(elmo.config), "bf16_computed_in": "bf16" if fast_bf16(device) else "fp32"},
-        "repeats": repeats, "passes": passes(trainer, elmo, classifier, texts, medians, plan["pairs"]),
-        "widths": widths(config, data, device, medians[f"{precision}_gflops"], plan["seconds"] / 2)}
-    if not quick:
-        with TemporaryDirectory() as folder:
-            result |= {"scaling": scaling(Path(folder)), "processes": processes(Path(folder))}
-        per_row = [part["seconds"] / part["rows"] for part in result["scaling"]]
-        result["off_linear"] = max(abs(value / np.mean(per_row) - 1) for value in per_row)
-    return result
-
-
-def table(repeats: list[dict]) -> str:
-    """Median, lowest and highest repeat of every number as lines to print."""
-    lines = [f"{'':<44}{'median':>12}{'lowest':>12}{'highest':>12}"]
-    for name in repeats[0]:
-        values = [repeat[name] for repeat in repeats]
-        digits = 0 if min(values) >= 100 else 3
-        shown = (f"{value:>12,.{digits}f}" for value in (median(values), min(values), max(values)))
-        lines.append(f"{name.replace('_', ' '):<44}" + "".join(shown))
-    return "\n".join(lines)
-
-
-def merged(result: dict, file: Path) -> dict:
-    """The result, with what the file holds of other devices and, of the same knobs and versions, of --to-perplexity."""
-    old = json.loads(file.read_text()) if file.exists() else {}
-    name, others = result["machine"]["device"], old.pop("devices", {})
-    before = old.get("machine", {}).get("device")
-    same = all(old.get(key) == result[key] for key in ("config", "versions"))
-    if before == name and same and "to_perplexity" in old:
-        result = {"to_perplexity": old["to_perplexity"]} | result
-    if before != name and "quick" in old:
-        others[before] = old
-    return result | {"devices": {key: value for key, value in others.items() if key != name}}
+    return medians | {"repeats": repeats, "vocabulary": len(data.words), "tokenized_rows": len(rows),
+                      "embedded_texts": len(texts), "training_memory_gb": memory}
 
 
 @script("bench.py")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0, 2 for an input that the user can mend, 130 after Ctrl-C."""
-    begin, argv = time.perf_counter(), sys.argv[1:] if argv is None else argv
-    parser = Parser(prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="shorter measures, 3 minutes on two cores")
-    parser.add_argument("--out", type=Path, default=ROOT / "models" / "bench.json", help="default models/bench.json")
-    parser.add_argument("--seconds", type=float, help="of each measure, instead of 2 (--quick) or 14")
-    parser.add_argument("--to-perplexity", type=float, metavar="GOAL", help="also minutes to this perplexity")
-    parser.add_argument("--minutes", type=float, default=30.0, help="most of each loop for that (default %(default)s)")
-    add_knobs(parser, ELMO.Config)
-    given = vars(parser.parse_args(argv))
-    quick, out, seconds = (given.pop(name) for name in ("quick", "out", "seconds"))
-    goal, most = given.pop("to_perplexity"), given.pop("minutes")
-    if out.is_dir():
-        raise InputError(f"--out {out} is a folder; name a file")
-    config, plan = ELMO.Config(**given), PLANS[quick] | ({} if seconds is None else {"seconds": seconds})
-    command = " ".join(["python", "report/bench.py", *argv])
-    result = bench(config, plan, quick)
-    print(table(result["repeats"]))
-    if goal:
-        device = torch.device(default_device())
-        result["to_perplexity"] = {"command": command} | to_perplexity(
-            config, Data.of_ag_news(config, ELMO.CACHE), device, goal, most)
-    write_json(out, merged(result | {
-        "command": command, "quick": quick, "config": asdict(config),
-        "versions": versions(), "peak_memory_gb": peak_memory_gb(), "seconds": time.perf_counter() - begin}, out))
-    print(f"{out}: after {time.perf_counter() - begin:,.0f} seconds")
+    """Exit status 0, 2 for an input that the user can fix, 130 after Ctrl-C."""
+    begin = time.perf_counter()
+    load = os.getloadavg()[0]
+    config, options = script_arguments(argv, ELMO.Config, "bench.py", __doc__, ELMO.HERE / "models", {
+        "--quick": {"action": "store_true", "help": "shorter measures, 3 minutes on two cores"}})
+    result = bench(config, QUICK_SECONDS if options.quick else SECONDS)
+    result |= {"machine": describe(torch.device(default_device())) | {"load_before": load}, "versions": versions(),
+               "command": " ".join(["python", "report/bench.py", *sys.argv[1:]]), "quick": options.quick,
+               "config": asdict(config), "peak_memory_gb": peak_memory_gb(), "seconds": time.perf_counter() - begin}
+    write_json(options.out / "bench.json", result)
+    for name in result["repeats"][0]:
+        print(f"{name:<42}{result[name]:>14,.3f}")
     return 0
 
 

@@ -1,80 +1,90 @@
-"""Searches options of either script with Optuna, on validation rows. No test row is scored.
+"""Searches options of either script with Optuna, by the lowest loss on validation rows. No test row is scored.
 
     python report/sweep.py ELMO.py --trials 20 --search lr=0.002:0.02:log --search dropout=0:0.4 -- --rows 8000
-    python report/sweep.py classification.py --trials 10 --search setting=trainable,function -- --epochs 1
-    python ELMO.py --config build/sweep/ELMO.toml --out elsewhere       # a whole run with what the search found
-
-A trial is a training with the options behind `--` and the searched ones. Its value is the run's lowest validation number:
-mean nll per token, or mean cross-entropy per row. A stopped search continues if the same command is given again: its
-finished trials are in OUT/studies.db. OUT/SCRIPT.toml has the best options so far.
+    python ELMO.py --config build/sweep/ELMO.toml --out elsewhere       # a whole run with the best options
 """
-import argparse
-import hashlib
-import json
-import math
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 from pathlib import Path
+from zlib import crc32
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # for `python report/sweep.py`
-
-try:
-    import optuna
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-    from sqlalchemy.exc import SQLAlchemyError
-except ModuleNotFoundError as missing:
-    print(f"sweep.py: the package {missing.name} is missing; run `pip install optuna`", file=sys.stderr)
-    sys.exit(2)
-
+import optuna
 import torch
+from sqlalchemy.exc import SQLAlchemyError
 
 import classification
 import ELMO
-from data.ag_news import CACHE, read_ag_news, split
-from data.tasks import EncodedTexts, read_task
-from data.text import Data
-from run.files import InputError, folder_lock, one_line, write_atomically
+from run.files import InputError, one_line, write_atomically
 from run.machine import default_device
-from run.options import Parser, add_options, script
-from run.progress import Run
+from run.options import script, script_arguments
 
-ROOT = Path(__file__).resolve().parent.parent
-WITHOUT_EFFECT = {"adapt", "adapt_lr", "track"}         # no trial uses them
-# Options that change the rows, the vocabulary or the heads: the values of two such trials cannot be compared.
-FIXED = {"task", "fields", "rows", "validation", "seed", "seeds", "representation", "min_count", "phrases", "finetune",
-         "save_every", "log_every"}
+# With other rows, words or heads, the losses of two trials could not be compared.
+FIXED = "task fields phrases rows validation min_count representation freeze_word2vec seed seeds finetune adapt".split()
 
 
-def bilm_trainer(config: ELMO.Config, bilstm: Path) -> tuple[str, Callable]:
-    """(digest of the rows, a function that trains a biLM with some Config and returns its Run)."""
-    texts = read_ag_news("train", config.rows).description.tolist()
-    data = Data.of(texts, config, *split(len(texts), config.validation, config.seed), CACHE)
-    device = torch.device(default_device())
-    return data.digest, lambda drawn: ELMO.train(ELMO.Trainer(drawn, data, device))
-
-
-def classifier_trainer(config: classification.Config, bilstm: Path) -> tuple[str, Callable]:
-    """The same for heads on the biLM in the file `bilstm`; if the biLM learns too, for the first seed only."""
-    elmo = ELMO.ELMo.load(bilstm, default_device())
-    task = read_task(config, elmo.config)
-    parts = {name: EncodedTexts(getattr(task, name), elmo, CACHE) for name in ("train", "validation")}
-    seeds = range(config.seed, config.seed + (1 if config.finetune else config.seeds))
+def trainers(config):
+    """A function that makes the trainer of a Config, always on the rows and heads that this `config` names."""
+    if isinstance(config, ELMO.Config):
+        data = ELMO.Data.of_ag_news(config, ELMO.CACHE)
+        return lambda drawn: ELMO.Trainer(drawn, data, torch.device(default_device()))
+    elmo = ELMO.ELMo.load(ELMO.HERE / "models" / "bilstm.pt", default_device())
+    task = classification.read_task(config, elmo.config)
+    parts = {name: classification.EncodedTexts(getattr(task, name), elmo) for name in ("train", "validation")}
     vectors = classification.ELMoVectors(elmo.model)
-
-    def trainer(drawn: classification.Config) -> classification.Trainer:
-        return classification.Trainer(drawn, vectors, parts, len(task.labels), seeds, elmo.digest)
-    return json.dumps(trainer(config).identity()), lambda drawn: classification.train(trainer(drawn))
+    seeds = range(config.seed, config.seed + config.seeds)
+    return lambda drawn: classification.Trainer(drawn, vectors, parts, len(task.labels), seeds, elmo.digest)
 
 
-SCRIPTS = {"ELMO.py": (ELMO.Config, bilm_trainer), "classification.py": (classification.Config, classifier_trainer)}
+def distribution(text: str, config) -> tuple[str, optuna.distributions.BaseDistribution]:
+    """(option, values) of NAME=LOW:HIGH, NAME=LOW:HIGH:log or NAME=A,B,C. InputError for others, or a FIXED one."""
+    name, _, values = text.partition("=")
+    kind = None if name in FIXED else type(getattr(config, name, None))
+    try:
+        if ":" not in values:
+            return name, optuna.distributions.CategoricalDistribution([kind(value) for value in values.split(",")])
+        low, high = values.removesuffix(":log").split(":")
+        make = optuna.distributions.IntDistribution if kind is int else optuna.distributions.FloatDistribution
+        return name, make(kind(low), kind(high), log=values.endswith(":log"))
+    except (TypeError, ValueError):
+        raise InputError(f"--search {text}: expected an option and LOW:HIGH, LOW:HIGH:log or A,B,C") from None
 
 
-def search_space(searches: Sequence[str], config) -> dict:
-    """{option: Optuna's distribution} of NAME=LOW:HIGH, NAME=LOW:HIGH:log and NAME=A,B,C. InputError for other texts."""
-    types = {f.name: f.type for f in fields(config) if f.name not in FIXED | WITHOUT_EFFECT}
-    space = {}
-    for text in searches:
-        name, _, choices = text.replace("-", "_", text.partition("=")[0].count("-")).partition("=")
-        if name not in types:
-            raise InputError(f"--search {text}: {name!r} is no option to search; the script's --help lists the options")
+def lowest(train, trainer) -> float:
+    """The lowest validation loss of a training; infinity if it diverged. KeyboardInterrupt if the user stopped it."""
+    try:
+        run = train(trainer)
+    except InputError:              # the loss was not finite
+        return float("inf")
+    if run.finished and not run.stop_event.is_set():
+        return run.lowest
+    raise KeyboardInterrupt
+
+
+@script("sweep.py")
+def main(argv: list[str] | None = None) -> int:
+    """Exit status 0, 2 for a wrong input, 130 after Ctrl-C. The same command continues with the trials in OUT."""
+    words = [word for word in argv or sys.argv[1:] if word != "--"]
+    module = classification if "classification.py" in words else ELMO
+    config, options = script_arguments(words, module.Config, "sweep.py", __doc__, ELMO.HERE / "build" / "sweep", {
+        "script": {"choices": ("ELMO.py", "classification.py")}, "--search": {"action": "append", "required": True},
+        "--trials": {"type": int, "default": 20, "help": "of the whole search (default 20)"}})
+    space = dict(distribution(text, config) for text in options.search)
+    trainer_of = trainers(config)
+    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        name = f"{options.script} {crc32(repr([trainer_of(config).identity(), space]).encode())}"
+        study = optuna.create_study(storage=f"sqlite:///{options.out}/studies.db", study_name=name, load_if_exists=True)
+        while len(study.get_trials(states=[optuna.trial.TrialState.COMPLETE])) < options.trials:
+            trial = study.ask(space)
+            study.tell(trial, lowest(module.train, trainer_of(replace(config, **trial.params))))
+            best = "".join(f"{option} = {value!r}\n" for option, value in study.best_params.items())
+            write_atomically(options.out / f"{module.__name__}.toml", lambda file, text=best: file.write(text.encode()))
+            print(f"trial {trial.number + 1}: best {study.best_value:.4f} with {study.best_params}", flush=True)
+    except SQLAlchemyError as error:
+        raise InputError(f"{options.out}/studies.db cannot be used ({one_line(error)}); choose another --out") from None
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -80,6 +80,11 @@ def fitting(path: str | Path) -> Iterator[None]:
         raise InputError(f"{path} does not fit together: {one_line(error)}") from None
 
 
+def weights_of(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """The float32 weights whose names start with `prefix`, without it."""
+    return {name.removeprefix(prefix): value.float() for name, value in weights.items() if name.startswith(prefix)}
+
+
 def write_resume(path: Path, identity: dict, state: dict) -> None:
     """Writes the state of a run. `identity` is what another run must have in common to continue from it."""
     buffer = io.BytesIO()

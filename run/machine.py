@@ -86,6 +86,7 @@ class Workers:
     def __init__(self, count: int, device: torch.device):
         self.pool = None
         if device.type == "cpu":
+            keep_freed_memory()
             share = max(1, torch.get_num_threads() // count)
             self.pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(share,))
 
@@ -147,6 +148,14 @@ def sum_over_processes(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     return results
 
 
+def sum_gradients(weights: list[torch.nn.Parameter], loss: torch.Tensor) -> float:
+    """Replaces every .grad by its sum over the processes of torchrun; returns the sum of the losses."""
+    *gradients, total = sum_over_processes([*(weight.grad for weight in weights), loss])
+    for weight, gradient in zip(weights, gradients, strict=True):
+        weight.grad = gradient
+    return total.item()
+
+
 def end_with_parent() -> None:
     """Kills this process when its parent ends, however the parent ends; on Linux only, elsewhere nothing happens."""
     with suppress(OSError, AttributeError, TypeError):
@@ -155,16 +164,17 @@ def end_with_parent() -> None:
 
 # -------------------------------------------------------------------------------------------------------- memory
 def keep_freed_memory() -> None:
-    """Lets glibc reuse large blocks that a training step frees.
+    """Lets glibc keep the large blocks that a training step frees, for all threads together, and reuse them.
 
-    By default glibc returns them to the system and asks for them again, which took up to 6 % of a step. The setting
-    holds for the whole process. With another C library nothing happens.
+    By default glibc returns them to the system and asks for them again, page by page, which took a quarter of a step.
+    The setting holds for the whole process, so its memory does not shrink. With another C library nothing happens.
     """
     with suppress(OSError, AttributeError, TypeError):
         libc = ctypes.CDLL(None)
-        raised = libc.mallopt(-3, 2**30) or libc.mallopt(-3, 2**25)     # M_MMAP_THRESHOLD; before glibc 2.35 at most 32 MB
+        libc.mallopt(-8, 1)                                                 # M_ARENA_MAX: one pool for all threads
+        raised = libc.mallopt(-3, 2**30) or libc.mallopt(-3, 2**25)         # M_MMAP_THRESHOLD; old versions: 32 MB
         if raised:
-            libc.mallopt(-1, 2**31 - 1)                                 # M_TRIM_THRESHOLD
+            libc.mallopt(-1, 2**31 - 1)                                     # M_TRIM_THRESHOLD
 
 
 def peak_memory_gb() -> float:
@@ -182,7 +192,7 @@ def peak_memory_gb() -> float:
 
 
 # --------------------------------------------------------------------------------------------------- description
-def machine(device: torch.device) -> dict:
+def describe(device: torch.device) -> dict:
     """What the numbers were measured on, for the JSON files."""
     about = {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "system": platform.system(),
              "bf16_hardware": fast_bf16(device)}
@@ -198,3 +208,9 @@ def machine(device: torch.device) -> dict:
 def versions() -> dict:
     """Versions of what the numbers depend on."""
     return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+
+
+def provenance(device: torch.device, seconds: float) -> dict:
+    """How the numbers of a JSON file were made; seconds: from command to file."""
+    return {"command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "versions": versions(),
+            "machine": describe(device), "minutes": seconds / 60, "peak_memory_gb": peak_memory_gb()}

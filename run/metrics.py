@@ -13,22 +13,24 @@ FREQUENT_WORDS = 25     # of the confusion matrix of words
 
 
 # ----------------------------------------------------------------------------------------------- language models
-def full_softmax_nll(h: Tensor, y: Tensor, table: Tensor, bias: Tensor, details: bool) -> tuple[Tensor, ...]:
-    """(N,) negative log-likelihoods of targets y (N,) given states h (N, P), by a softmax over all V words but <pad>.
+def full_softmax_nll(h: Tensor, y: Tensor, table: Tensor, bias: Tensor, details: bool = False) -> tuple[Tensor, ...]:
+    """((N,),): nll of targets y (N,) given states h (N, P), by a softmax over all V words but <pad>, in fp32.
 
-    With details also the word with the highest logit (N,), and how many words have a higher logit than the target (N,).
+    With details ((N,), (N,), (N,), (N,)): also the targets, the words with the highest logits, and the targets' ranks,
+    which are the numbers of words with a higher logit. table (V, P), bias (V, 1).
     """
+    block = max(16, 2**23 // len(table))                    # rows of a (block, V) matrix of 32 MB
     parts = []
-    block = max(16, 2**23 // len(table))              # rows of a (block, V) matrix of 32 MB
-    for states, targets in zip(h.float().split(block), y.split(block), strict=True):
-        logits = torch.addmm(bias[:, 0], states, table.t())                 # (block, V)
-        logits[:, 0] = -torch.inf                           # <pad> is never a target
-        target = logits.gather(1, targets[:, None])                                     # (block, 1)
-        nll = (logits.logsumexp(dim=1) - target[:, 0]).double()
-        if details:
-            parts.append((nll, logits.argmax(dim=1), (logits > target).sum(dim=1)))
-        else:
-            parts.append((nll,))
+    with torch.autocast(h.device.type, enabled=False):
+        for states, targets in zip(h.float().split(block), y.split(block), strict=True):
+            logits = torch.addmm(bias[:, 0], states, table.t())                 # (block, V)
+            logits[:, 0] = -torch.inf                                           # <pad> is never a target
+            target = logits.gather(1, targets[:, None])                         # (block, 1)
+            nll = (logits.logsumexp(dim=1) - target[:, 0]).double()
+            if details:
+                parts.append((nll, targets, logits.argmax(dim=1), (logits > target).sum(dim=1)))
+            else:
+                parts.append((nll,))
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
@@ -43,6 +45,20 @@ class Scores:
     nll: np.ndarray
     tokens: np.ndarray
     words: list[tuple[np.ndarray, ...]]
+
+    @classmethod
+    def of(cls, rows: np.ndarray, tokens: np.ndarray, batches: list) -> "Scores":
+        """From ELMO.score_batch's results: for each batch and direction the arrays (row, nll, ..) of its tokens."""
+        place = {row: i for i, row in enumerate(rows.tolist())}
+        nll = np.zeros((2, len(rows)))
+        words = []
+        for d, of_direction in enumerate(zip(*batches, strict=True)):
+            row, token_nll, *details = (np.concatenate(arrays) for arrays in zip(*of_direction, strict=True))
+            position = np.array([place[r] for r in row.tolist()], dtype=int)
+            nll[d] = np.bincount(position, weights=token_nll, minlength=len(rows))
+            if details:
+                words.append((position, *details))
+        return cls(nll, tokens, words)
 
     def perplexity(self) -> list[float]:
         """exp(summed nll / summed tokens), forward and backward."""
@@ -138,16 +154,53 @@ def mean_and_std(values: Sequence[float]) -> dict:
     return {"mean": float(np.mean(values)), "std": std}
 
 
-def over_seeds(p: np.ndarray, gold: np.ndarray, labels: Sequence[str]) -> dict:
+def over_seeds(p: np.ndarray, gold: np.ndarray, labels: Sequence[str], fresh: np.ndarray | None = None) -> dict:
     """Metrics of S seeds' probabilities p (S, N, C).
 
     seeds: classification_metrics of each; ensemble: those of the seeds' mean probabilities; accuracy and macro_f1:
-    {mean, std} over the seeds.
+    {mean, std} over the seeds; fresh: rows, accuracy, macro_f1 and ensemble {accuracy} of the rows where `fresh` is True.
     """
     seeds = [classification_metrics(one_seed, gold, labels) for one_seed in p]
-    return {"seeds": seeds, "ensemble": classification_metrics(p.mean(axis=0), gold, labels),
-            "accuracy": mean_and_std([metrics["accuracy"] for metrics in seeds]),
-            "macro_f1": mean_and_std([metrics["macro_f1"] for metrics in seeds])}
+    result = {"seeds": seeds, "ensemble": classification_metrics(p.mean(axis=0), gold, labels),
+              "accuracy": mean_and_std([metrics["accuracy"] for metrics in seeds]),
+              "macro_f1": mean_and_std([metrics["macro_f1"] for metrics in seeds])}
+    if fresh is not None and fresh.any():
+        part = over_seeds(p[:, fresh], gold[fresh], labels)
+        result["fresh"] = {"rows": int(fresh.sum()), "accuracy": part["accuracy"], "macro_f1": part["macro_f1"],
+                           "ensemble": {"accuracy": part["ensemble"]["accuracy"]}}
+    return result
+
+
+def validation_numbers(p: dict[str, Tensor], gold: Tensor, settings: Sequence[str]) -> tuple[float, dict]:
+    """(mean negative log-likelihood of all heads, {setting: {"loss": [per seed], "accuracy": [per seed]}}).
+
+    p (N, C) by the name of a head, which begins with its setting: "trainable-0", ..; gold (N,).
+    """
+    numbers = {setting: {"loss": [], "accuracy": []} for setting in settings}
+    losses = []
+    for name, probabilities in p.items():
+        setting, _, _ = name.rpartition("-")
+        nll = -probabilities.gather(1, gold[:, None]).clamp(min=1e-12).log().mean()
+        losses.append(nll.item())
+        numbers[setting]["loss"].append(nll.item())
+        numbers[setting]["accuracy"].append((probabilities.argmax(dim=1) == gold).double().mean().item())
+    return float(np.mean(losses)), numbers
+
+
+def classification_numbers(p: dict, gold: dict, heads: list[str], labels: Sequence[str], fresh: np.ndarray | None) -> dict:
+    """The numbers of one setting in a classification.json.
+
+    p[part][head] (N, C) tensors for the heads of all seeds, gold[part] (N,), with the parts train, validation and test.
+    train, validation, test: from over_seeds; predictions: class of each test row by the seeds' mean probabilities, one
+    digit per row; best: index of the seed that is best on the validation rows.
+    """
+    numbers = {}
+    for part in gold:
+        of_seeds = np.stack([p[part][head].numpy() for head in heads])                          # (S, N, C)
+        numbers[part] = over_seeds(of_seeds, gold[part], labels, fresh if part == "test" else None)
+    numbers["predictions"] = "".join(map(str, of_seeds.mean(axis=0).argmax(axis=1)))            # of the last part, test
+    numbers["best"] = int(np.argmax([seed["accuracy"] for seed in numbers["validation"]["seeds"]]))
+    return numbers
 
 
 def mcnemar(correct: np.ndarray, other: np.ndarray) -> dict:
@@ -164,3 +217,21 @@ def mcnemar(correct: np.ndarray, other: np.ndarray) -> dict:
     return {"difference": float(gap.mean()),
             "interval": np.percentile(resampled @ gap / len(gap), [2.5, 97.5]).tolist(),
             "only_this": only_this, "only_that": only_that, "p": p}
+
+
+def accuracy_table(result: dict) -> str:
+    """Accuracies and layer weights of a classification.json as lines to print."""
+    lines = [f"{'accuracy':<12}{'train':>9}{'validation':>12}{'test':>9}{'std':>8}{'fresh rows':>12}{'macro-F1':>10}"
+             "   layer weights s, gamma"]
+    for setting, numbers in result["settings"].items():
+        test = numbers["test"]
+        std = test["accuracy"]["std"]
+        cells = [f"{setting:<12}", f"{numbers['train']['accuracy']['mean']:>9.2%}",
+                 f"{numbers['validation']['accuracy']['mean']:>12.2%}", f"{test['accuracy']['mean']:>9.2%}",
+                 "       -" if std is None else f"{std:>8.2%}",
+                 f"{test['fresh']['accuracy']['mean']:>12.2%}" if "fresh" in test else f"{'-':>12}",
+                 f"{test['macro_f1']['mean']:>10.4f}   "]
+        mixes = [f"{' '.join(f'{weight:.2f}' for weight in s)}, {gamma:.2f}"
+                 for s, gamma in zip(numbers["s"], numbers["gamma"], strict=True)]
+        lines.append("".join(cells) + "; ".join(mixes))
+    return "\n".join(lines)

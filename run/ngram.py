@@ -16,7 +16,10 @@ compare perplexities at the same V only.
 import numpy as np
 from numpy import ndarray as Array
 
-PAD, START, END = 0, 2, 3
+PAD = 0
+START = 2
+END = 3
+MAX_TOKENS = 5_000_000
 FALLBACK = np.array([0.0, 0.5, 1.0, 1.5])   # KenLM's --discount_fallback, if the corpus is too small to estimate them
 
 
@@ -77,8 +80,8 @@ def previous(grams: Array, starts: Array) -> Array:
 class KneserNey:
     """A fitted model. Every k-gram of the training rows has an id from 0 on; -1 is an unseen one, or one before <s>.
 
-    The id of a 1-gram is its word. A longer one has the key (id of the history) * V + (last word); its id is the rank of
-    the key among the sorted keys of its order, keys[k - 1]. So keys stay below 2^63 at any order.
+    The id of a 1-gram is its word. A longer one has the key (id of the history) * V + (last word); its id is the rank
+    of the key among the sorted keys of its order, keys[k - 1]. So keys stay below 2^63 at any order.
     first_term[k - 1] is the first term of p_k by the id of the k-gram, backoff[k - 1] is gamma_k by the id of the
     history. Both have one more entry at the end, which id -1 picks: 0 and 1, so that p_k = p_{k-1}.
     """
@@ -169,8 +172,12 @@ def perplexity(nll: Array, offsets: Array, rows: Array | slice = slice(None)) ->
 def add_perplexities(splits: dict, train: tuple[Array, Array], parts: dict, fresh: dict, vocabulary_size: int) -> None:
     """Adds unigram and Kneser-Ney perplexities to every part of `splits`, and to its "fresh" rows if it has them.
 
-    train, parts[name]: (ids, offsets); fresh[name]: (R,) bool; splits[name]: a part of pretraining.json.
+    train, parts[name]: (ids, offsets); fresh[name]: (R,) bool; splits[name]: a part of pretraining.json. Nothing is added
+    if the training rows have more than MAX_TOKENS tokens, whose counts would not fit in memory.
     """
+    if len(train[0]) > MAX_TOKENS:
+        return
+
     def add(name: str, key: str, nll: Array, direction: str | None = None) -> None:
         of_rows = [(splits[name], slice(None))]
         if "fresh" in splits[name]:

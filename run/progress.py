@@ -24,18 +24,8 @@ from tqdm import tqdm
 
 from run.checkpoint import read_resume, write_resume
 from run.files import InputError, one_line
-from run.machine import keep_freed_memory, sum_over_processes
+from run.machine import sum_over_processes
 from run.tracker import Tracker
-
-
-def learning_rate_share(step: int, steps: int, warmup: float) -> float:
-    """Share of the highest learning rate at a step: a cosine from 1 to 0.01, limited by a linear warm-up at the start.
-
-    warmup: share of the steps in which the learning rate rises.
-    """
-    rising = (step + 1) / max(1.0, warmup * steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))       # from 1 to 0
-    return min(rising, 0.01 + 0.99 * cosine)
 
 
 @contextmanager
@@ -112,6 +102,12 @@ class Progress:
             sys.stdout.flush()
 
 
+def options_of_weights(config) -> dict:
+    """The options that the weights of a run depend on; the others may change when the run is resumed."""
+    without_effect = ("log_every", "save_every", "track")
+    return {name: value for name, value in asdict(config).items() if name not in without_effect}
+
+
 class Run:
     """A training run that can be stopped and resumed: its counters, clock, history, best weights and resume file.
 
@@ -124,7 +120,6 @@ class Run:
     SAVED = ("step", "seconds", "wall", "loss", "items", "lowest", "best", "history")
 
     def __init__(self, trainer, file: Path | None = None, resume: bool = False):
-        keep_freed_memory()
         self.trainer = trainer
         self.file = file
         self.step = 0

@@ -1,145 +1,235 @@
-"""report/bench.py: it measures what it says, against loops that train what ELMO.py trains."""
+"""report/bench.py measures what it says, and the loops that it compares with train; report/sweep.py searches."""
 import json
+import os
+import subprocess
 import sys
+import time
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import SENTENCES, encoded, tiny
+from conftest import ROOT, SENTENCES, encoded, tiny
 
+import classification
 import ELMO
 from data import sample
-from data.machine import machine
-from report import bench, loops, readme
+from data.text import PAD
+from report import bench, sweep
+from run.machine import describe, peak_memory_gb
 
 CPU = torch.device("cpu")
+SMALL = ["--hidden", "12", "--validation", "60", "--epochs", "1", "--batch-tokens", "300", "--negatives", "50",
+         "--min-count", "1"]
 
 
-def trainer(**knobs) -> ELMO.Trainer:
-    texts = [text for _, _, text in sample.generate(300)]
-    config = tiny(**({"batch_tokens": 300, "hidden": 16, "width": 16, "negatives": 50} | knobs))
-    data = ELMO.Data.of(texts, config, np.arange(250), np.arange(250, 300))
-    return ELMO.Trainer(config, data, CPU)
+def sample_data(config: ELMO.Config) -> ELMO.Data:
+    """150 rows of the built-in corpus, all of them for training."""
+    texts = [text for _, _, text in sample.generate(150)]
+    return ELMO.Data.of(texts, config, np.arange(150), np.arange(0))
 
 
-@pytest.mark.parametrize("knobs", [{}, {"hidden": 24}])
-def test_the_products_measured_alone_are_those_of_a_step_to_the_last_operation(knobs):
-    own = trainer(**knobs)
-    for step in (0, 3):
-        whole, alone = bench.operations(lambda step=step: own.step(step)), bench.operations(loops.products(own, step))
-        assert alone == whole > 1e5
+def targets(data: ELMO.Data) -> int:
+    """Words and end symbols that both directions predict in one pass."""
+    return 2 * int((data.encoded.lengths[data.train] + 1).sum())
 
 
+# ------------------------------------------------------------------------------------------------ other loops
 @pytest.mark.parametrize("hidden", [12, 20])
-def test_the_plain_loops_model_is_elmos(hidden):
-    config = tiny(hidden=hidden, width=12, dropout=0.0)
+def test_the_plain_loop_has_elmos_model_and_the_full_softmax(hidden):
+    config = tiny(hidden=hidden, width=12, dropout=0.0, precision="fp32")
     data = encoded(SENTENCES)
-    own, plain = ELMO.BiLM(config, len(data.words)), loops.PlainLM(config, len(data.words)).eval()
-    plain.table.weight.data.copy_(own.table)
-    order = torch.cat([torch.arange(hidden * k, hidden * (k + 1)) for k in (0, 1, 3, 2)])   # torch has i f u o
-    for j, layer in enumerate(own.layers):
-        for d in range(2):
-            lstm = plain.layers[2 * j + d]
-            lstm.weight_ih_l0.data.copy_(layer.w_x[d][order])
-            lstm.weight_hh_l0.data.copy_(layer.w_h[d][order])
-            lstm.bias_ih_l0.data.copy_(layer.bias[d][order])
-            lstm.bias_hh_l0.data.zero_()
-            if hidden > 12:
-                lstm.weight_hr_l0.data.copy_(layer.w_p[d])
-    x, _ = ELMO.collate(data.encoded, np.arange(len(SENTENCES)))
-    with torch.no_grad():
-        expected = own.states(own.represent(x))[2]
-        for d in range(2):
-            assert torch.allclose(plain(x[d], d), expected[d], atol=1e-5)
+    model = bench.PlainModel(config, len(data.words))
+    model.bias.data[PAD] = -1e9                             # ELMo's softmax is one over words, without <pad>
+    rows = np.arange(len(SENTENCES))
+    x, y = ELMO.collate(data.encoded, rows)
+    scores = ELMO.score_rows(model, data.encoded, rows)
+    for d in range(2):
+        assert model.nll(d, x[d], y[d]).item() == pytest.approx(scores.nll[d].sum(), rel=1e-5)
 
 
-def test_both_other_loops_learn_and_count_their_targets(monkeypatch):
-    monkeypatch.setattr(loops, "COMMON_WORDS", 400)
-    monkeypatch.setattr(loops, "COMMON_WIDTH", 40)
-    own = trainer()
-    everything = 2 * int((np.diff(own.data.encoded.tokens.offsets)[own.data.train] + 1).sum())
-    plain = loops.PlainLoop(own.config, own.data, torch.float32, CPU, lr=0.02)
-    before = loops.perplexity(plain, own.data.validation)
-    assert sum(plain() for _ in range(own.per_epoch)) == everything
-    for _ in range(3 * own.per_epoch):
-        plain()
-    assert loops.perplexity(plain, own.data.validation) < 0.8 * before
-    common = loops.CommonLoop(own.data, 0, 0, CPU)
-    before = loops.perplexity(common, own.data.validation)
-    assert sum(common() for _ in range(-(-len(own.data.train) // loops.COMMON_BATCH))) == everything
-    for _ in range(30):
-        common()
-    assert loops.perplexity(common, own.data.validation) < 0.8 * before
+@pytest.mark.parametrize("make, lr", [(bench.common_loop, None), (bench.plain_loop, 0.02)])
+def test_the_other_loops_learn_and_count_their_targets(make, lr, monkeypatch):
+    monkeypatch.setattr(bench, "COMMON_WORDS", 400)
+    torch.manual_seed(0)
+    config = tiny(batch_tokens=300, hidden=16, width=16, lr=lr or 0.01)
+    data = sample_data(config)
+    loop = make(config, data, CPU)
+    passes = []
+    for number in range(2 * len(loop.batches)):
+        passes.append(loop.step(number))
+    first = np.array(passes[:len(loop.batches)])
+    last = np.array(passes[-len(loop.batches):])
+    assert first[:, 1].sum() == last[:, 1].sum() == targets(data)
+    assert last[:, 0].sum() < 0.95 * first[:, 0].sum()
 
 
 def test_a_resized_vocabulary_keeps_the_rows_and_turns_rare_words_into_unk():
     data = encoded(SENTENCES)
-    small, large = loops.resize(data, 10), loops.resize(data, 1000)
-    assert len(small.words) == 10 and len(large.words) == 1000
+    small = bench.resized(data, 10)
+    large = bench.resized(data, 1000)
+    assert len(small.words) == 10
+    assert len(large.words) == 1000
     assert small.encoded.unknown(data.train) > 0 == large.encoded.unknown(data.train)
-    assert (large.counts()[4:] > 0).all() and (large.encoded.lookup == data.encoded.lookup).all()
+    assert (large.counts()[4:] > 0).all()
+    assert (large.encoded.lookup == data.encoded.lookup).all()
 
 
-def test_the_bench_writes_its_numbers_and_keeps_those_of_other_devices(builtin, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "SIZES", {"10k": 500, "100k": 1000, "800k": 5000})
-    monkeypatch.setattr(bench, "WIDTHS", (8,))
-    monkeypatch.setattr(loops, "COMMON_WORDS", 400)
-    monkeypatch.setattr(bench, "ROOT", tmp_path)                    # no committed weights there
+# -------------------------------------------------------------------------------------------------- measuring
+def test_the_second_repeat_takes_the_measures_in_the_opposite_order():
+    order = []
+    def measure(name):
+        order.append(name)
+        return {name: len(order)}
+    repeats = bench.interleaved([lambda: measure("a"), lambda: measure("b")])
+    assert order == ["a", "b", "b", "a", "a", "b"]
+    assert repeats == [{"a": 1, "b": 2}, {"b": 3, "a": 4}, {"a": 5, "b": 6}]
+
+
+def test_vocabularies_are_compared_on_the_same_steps_in_turn_and_back():
+    steps = []
+    def trainer(name, seconds):
+        def step(number):
+            steps.append((name, number))
+            time.sleep(seconds)
+        return SimpleNamespace(step=step)
+    found = bench.step_seconds({"10k": trainer("10k", 0.01), "800k": trainer("800k", 0.03)}, seconds=0.05)
+    assert steps[:4] == [("10k", 0), ("800k", 0), ("800k", 1), ("10k", 1)]
+    assert 0.01 <= found["step_seconds_10k"] < 0.03 <= found["step_seconds_800k"] < 0.06
+
+
+def test_speed_is_items_over_the_time_of_whole_steps():
+    numbers = []
+    def step(number):
+        numbers.append(number)
+        time.sleep(0.02)
+        return 0.0, 10
+    speed = bench.training_speed("speed", SimpleNamespace(step=step), 0.05)["speed"]
+    assert numbers == [0, 1, 2]
+    assert 250 < speed <= 500
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_the_busy_process_computes_inside_the_context_and_ends_with_it(monkeypatch):
+    started = []
+    def remember(*args, popen=subprocess.Popen):
+        started.append(popen(*args))
+        return started[-1]
+    monkeypatch.setattr(subprocess, "Popen", remember)
+    with pytest.raises(KeyboardInterrupt), bench.busy_process():
+        time.sleep(0.4)
+        fields = Path(f"/proc/{started[0].pid}/stat").read_text().rpartition(")")[2].split()
+        seconds = int(fields[11]) / os.sysconf("SC_CLK_TCK")            # user time
+        assert started[0].poll() is None
+        assert seconds > 0.05
+        raise KeyboardInterrupt
+    assert started[0].poll() is not None
+
+
+def test_the_busy_process_ends_if_the_bench_is_killed():
+    parent = """import os, subprocess, sys
+subprocess.Popen([sys.executable, "-c", sys.argv[1], str(os.getpid())])"""              # ends without killing it
+    command = [sys.executable, "-c", parent, bench.BUSY]
+    subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=10)             # ends when both have ended
+
+
+def test_the_bench_writes_medians_and_ratios_taken_within_a_repeat(builtin, elmo, tmp_path, monkeypatch, capsys):
+    config = classification.Config(hidden=8)
+    head = classification.Head(config, "trainable", 3, 2 * elmo.config.width, 4).initialize(0)
+    classifier = classification.Classifier(config, ["a", "b", "c", "d"], head, elmo)
+    monkeypatch.setattr(classification, "Config", partial(classification.Config, hidden=8))
+    monkeypatch.setattr(classification.Classifier, "load", lambda *files, **device: classifier)
+    monkeypatch.setattr(bench, "SIZES", {"10k": 500, "28k": 700, "100k": 1000, "800k": 5000})
+    monkeypatch.setattr(bench, "COMMON_WORDS", 400)
+    monkeypatch.setattr(bench, "QUICK_SECONDS", 0.05)
+    monkeypatch.setattr(bench, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(bench, "startup", lambda: {"startup_seconds": 1.0})
-    out = tmp_path / "bench.json"
-    old = {"machine": {"device": "another"}, "quick": True, "tokens_per_second": 5.0}
-    out.write_text(json.dumps(old))
-    argv = ["--quick", "--seconds", "0.05", "--out", str(out), "--hidden", "16", "--validation", "60", "--batch-tokens",
-            "300", "--negatives", "50", "--min-count", "1", "--to-perplexity", "1e6", "--minutes", "0.05"]
-    assert bench.main(argv) == 0
-    result = json.loads(out.read_text())
-    assert {"times_common_loop", "times_common_loop_batch_padded", "share_of_peak", "tokens_per_second",
-            "share_of_products", "times_plain_fp32", "step_time_800k_over_10k"} < set(result)
-    assert result["devices"] == {"another": old} and len(result["repeats"]) == 3
-    repeat = result["repeats"][0]
-    assert repeat["times_common_loop"] == repeat["tokens_per_second"] / repeat["common_loop_tokens_per_second"]
-    assert result["operations_per_target"] == 6 * (2 * 2 * 4 * 16 * 16 + 16 * 51)
-    assert result["to_perplexity"]["minutes"]["elmo"] > 0
-    assert set(result["passes"]) == {"training", "embed_fp32", "embed_bf16"}
-    assert bench.main([*argv[:-4], "--seconds", "0.01"]) == 0      # the minutes to a perplexity stay
-    assert json.loads(out.read_text())["to_perplexity"] == result["to_perplexity"]
+    assert bench.main(["--quick", "--out", str(tmp_path), *SMALL]) == 0
+    result = json.loads((tmp_path / "bench.json").read_text())
+    written = set(result) - {"repeats"}
+    for name in written:
+        assert name in bench.__doc__ or name.startswith("step_seconds_"), name
+    assert len(result["repeats"]) == 3
+    for name in result["repeats"][0]:
+        assert result[name] == sorted(repeat[name] for repeat in result["repeats"])[1]
+    for repeat in result["repeats"]:
+        assert repeat["busy_over_idle_tokens"] == repeat["busy_tokens_per_second"] / repeat["tokens_per_second"]
+        assert repeat["times_common_loop"] == repeat["tokens_per_second"] / repeat["common_loop_tokens_per_second"]
+        assert repeat["step_time_800k_over_28k"] == repeat["step_seconds_800k"] / repeat["step_seconds_28k"]
+    assert result["config"]["hidden"] == 12
+    assert result["tokenized_rows"] == 700
+    assert "times plain loop" in capsys.readouterr().out.replace("_", " ")
 
 
-@pytest.mark.parametrize("most, by", [
+def test_a_bench_without_the_published_models_says_so_at_once(builtin, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ELMO, "HERE", tmp_path)
+    assert bench.main(["--quick", "--out", str(tmp_path / "out")]) == 2
+    assert "is missing; run the script that writes it first" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------------------- machine
+@pytest.mark.parametrize("limit, by", [
     ("", "AMX"), ("ALL", "AMX"), ("AVX512_CORE_AMX", "AMX"), ("AVX10_1_512_AMX", "AMX"),
     ("AVX512_CORE_BF16", "AVX-512"), ("AVX512_CORE_FP16", "AVX-512"), ("avx10_1_512", "AVX-512"),
     ("AVX512_CORE", None), ("AVX2", None)])
-def test_a_machine_whose_instructions_are_limited_is_another_device(monkeypatch, most, by):
+def test_a_machine_whose_instructions_are_limited_is_another_device(monkeypatch, limit, by):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True, "avx512_bf16": True, "cpu_name": "A"})
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", most)
-    found = machine(CPU)
-    assert found["bf16_by"] == by and found["bf16_hardware"] == bool(by)
-    assert found["device"] == (f"A, {most} at most" if most else "A")
-    assert (f"bf16 by {by}" if by else "without bf16 hardware") in readme.on(found)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    found = describe(CPU)
+    assert found["bf16_by"] == by
+    assert found["device"] == (f"A, {limit} at most" if limit else "A")
 
 
 def test_the_memory_of_a_process_is_its_own_and_not_that_of_the_one_that_started_it():
     large = np.ones(100_000_000)                                    # 0.8 GB
-    command = "from data.machine import peak_memory_gb; print(peak_memory_gb())"
-    assert float(bench.output_of([sys.executable, "-c", command])) < 0.8 < bench.peak_memory_gb() and large[0] == 1
+    command = [sys.executable, "-c", "from run.machine import peak_memory_gb; print(peak_memory_gb())"]
+    printed = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    assert float(printed.stdout) < 0.8 < peak_memory_gb()
+    assert large[0] == 1
 
 
-def test_a_pass_is_told_by_the_operations_of_its_products_and_by_its_kernels():
-    a = torch.randn(256, 128)
-    found = bench.one_pass(lambda: (a @ a.t()).relu(), torch.float32, {"fp32_gflops": 50.0}, CPU)
-    assert found["operations"] == 2 * 256 * 256 * 128 and found["precision"] == "fp32"
-    assert found["share_of_peak"] == found["operations"] / found["seconds"] / 50e9
-    assert found["kernels"]["aten::mm"] > 0.02 and abs(sum(found["kernels"].values()) - 1) < 1e-9
+# ------------------------------------------------------------------------------------------------------ sweep
+def test_a_sweep_of_classifiers_scores_no_test_row(builtin, tmp_path, monkeypatch):
+    elmo = ELMO.ELMo.train([text for _, _, text in sample.generate(100)], tiny(validation=20, epochs=1.0))
+    elmo.save(tmp_path / "models" / "bilstm.pt")
+    monkeypatch.setattr(ELMO, "HERE", tmp_path)
+    parts = []
+    class Remembered(classification.Trainer):
+        def __init__(self, config, vectors, of_run, *rest, **named):
+            parts.append(set(of_run))
+            super().__init__(config, vectors, of_run, *rest, **named)
+    monkeypatch.setattr(classification, "Trainer", Remembered)
+    argv = ["classification.py", "--search", "setting=trainable,frozen", "--trials", "1", "--out", str(tmp_path)]
+    assert sweep.main([*argv, "--hidden", "6", "--rows", "60"]) == 0
+    assert (tmp_path / "classification.toml").read_text() in ("setting = 'trainable'\n", "setting = 'frozen'\n")
+    assert parts == [{"train", "validation"}] * 2          # the one that names the search, and the trial
 
 
-def test_embedding_on_several_cores_is_told_by_the_operations_of_all_of_them(elmo):
-    H, cores, texts = elmo.config.hidden, torch.get_num_threads(), ["oil prices fall ."] * 600
-    try:
-        torch.set_num_threads(2)
-        found = bench.one_pass(lambda: elmo.embed(texts), torch.float32, {"fp32_gflops": 50.0}, CPU, one_core=True)
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(cores)
-    T = 4 + 1                                           # 2 directions, 2 layers, W_x at T steps and W_h at all but one
-    assert found["operations"] == 600 * 2 * 2 * (T + T - 1) * 2 * 4 * H * H
-    assert "aten::baddbmm_" in found["kernels"] or "aten::bmm" in found["kernels"]
+def test_a_sweep_refuses_wrong_inputs_in_one_sentence(builtin, tmp_path, capsys):
+    argv = ["ELMO.py", "--search", "dropout=0:0.4", "--out", str(tmp_path), "--", *SMALL]
+    for wrong in (argv[:1] + argv[3:], ["BERT.py", *argv[1:]], [*argv, "--width", "0"]):
+        assert sweep.main(wrong) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_ctrl_c_leaves_the_finished_trials_and_other_rows_are_another_search(builtin, tmp_path, monkeypatch):
+    argv = ["ELMO.py", "--search", "dropout=0:0.4", "--trials", "2", "--out", str(tmp_path), "--", *SMALL]
+    values = iter([1.0, KeyboardInterrupt, float("inf"), 2.0, 3.0])
+    asked = []
+    def lowest(train, trainer):
+        asked.append(trainer)
+        value = next(values)
+        if value is KeyboardInterrupt:
+            raise KeyboardInterrupt
+        return value
+    monkeypatch.setattr(sweep, "lowest", lowest)
+    assert sweep.main(argv) == 130
+    assert sweep.main(argv) == 0
+    assert len(asked) == 3
+    dropout = asked[0].config.dropout
+    assert (tmp_path / "ELMO.toml").read_text() == f"dropout = {dropout!r}\n"          # inf is not the best
+    assert sweep.main([*argv, "--rows", "500"]) == 0
+    assert len(asked) == 5

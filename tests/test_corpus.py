@@ -7,7 +7,6 @@ import pytest
 
 import ELMO
 from data import corpus, sample, text
-from data.text import Data
 
 
 def test_plain_text_is_every_line_of_a_folders_txt_and_gz_files_in_the_order_of_their_names(tmp_path):
@@ -23,18 +22,21 @@ def test_plain_text_is_every_line_of_a_folders_txt_and_gz_files_in_the_order_of_
 
 def test_a_line_longer_than_memory_should_hold_is_cut_between_words_or_characters(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "LETTERS", 50)
-    words = [f"wörd{i}" for i in range(100)]
-    for content, parts in ((" ".join(words), words), ("東京" * 60, None), ("é" * 200, None)):
+    words = " ".join(f"wörd{i}" for i in range(100))
+    for content, joint in ((words, " "), ("東京" * 60, ""), ("é" * 200, "")):
         (tmp_path / "a.txt").write_text(content + "\nnext\n", encoding="utf-8")
         *pieces, last = corpus.Lines(tmp_path / "a.txt")
-        assert last == "next" and len(pieces) > 3 and all(len(piece.encode()) <= 50 for piece in pieces)
-        assert " ".join(pieces).split() == parts if parts else "".join(pieces) == content
+        assert last == "next"
+        assert len(pieces) > 3
+        assert max(len(piece.encode()) for piece in pieces) <= 50
+        assert joint.join(pieces) == content
 
 
 def test_a_long_row_becomes_several_of_the_same_tokens():
     tokens = corpus.Tokens(["a"], np.zeros(9, dtype=np.int32), np.array([0, 5, 5, 7, 9]))
-    short, owner = tokens.cut(2)
-    assert short.offsets.tolist() == [0, 2, 4, 5, 5, 7, 9] and owner.tolist() == [0, 0, 0, 1, 2, 3]
+    short, row = tokens.cut(2)
+    assert short.offsets.tolist() == [0, 2, 4, 5, 5, 7, 9]
+    assert row.tolist() == [0, 0, 0, 1, 2, 3]
     assert tokens.cut(5)[0].offsets.tolist() == [0, 5, 5, 7, 9]
 
 
@@ -52,10 +54,12 @@ def test_a_wrong_corpus_is_named_in_one_sentence(tmp_path, capsys, monkeypatch, 
     argv = ["--corpus", str(tmp_path / "text"), "--out", str(tmp_path / "out"), "--validation", "1"]
     assert ELMO.main(argv) == 2
     error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
-def test_the_script_trains_on_plain_text_and_keeps_validation_and_test_rows_apart(tmp_path, monkeypatch, capsys):
+def test_the_script_trains_on_plain_text_and_separates_validation_and_test_rows(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ELMO, "CACHE", tmp_path / "cache")
     texts = [row[2] for row in sample.generate(500)]
     (tmp_path / "a.txt").write_text("\n".join(texts[:300]), encoding="utf-8")
@@ -64,9 +68,9 @@ def test_the_script_trains_on_plain_text_and_keeps_validation_and_test_rows_apar
     assert ELMO.main(["--corpus", str(tmp_path), "--out", str(tmp_path / "out"), "--hidden", "12", "--validation", "40",
                       "--min-count", "1", "--batch-tokens", "300", "--epochs", "1"]) == 0
     result = json.loads((tmp_path / "out" / "pretraining.json").read_text())
-    assert {name: part["rows"] for name, part in result["splits"].items()} == {
-        "train": 420, "validation": 40, "test": 40}
-    data = Data.of_plain_text(str(tmp_path), ELMO.Config(validation=40, min_count=1), tmp_path / "cache")
+    rows = {name: part["rows"] for name, part in result["splits"].items()}
+    assert rows == {"train": 420, "validation": 40, "test": 40}
+    data = text.Data.of_plain_text(str(tmp_path), ELMO.Config(validation=40, min_count=1), tmp_path / "cache")
     assert sorted([*data.train, *data.validation, *data.test[1]]) == list(range(500))
     found = ELMO.ELMo.load(tmp_path / "out" / "bilstm.pt").score([texts[row] for row in data.test[1]])
     assert found["forward"]["perplexity"] == pytest.approx(result["splits"]["test"]["forward"]["perplexity"], rel=1e-4)
@@ -75,28 +79,33 @@ def test_the_script_trains_on_plain_text_and_keeps_validation_and_test_rows_apar
 def test_the_parts_of_a_long_line_stay_on_one_side(tmp_path, monkeypatch):
     monkeypatch.setattr(text, "LONGEST", 3)
     (tmp_path / "a.txt").write_text("\n".join(f"line{i} " * (1 + i % 8) for i in range(60)))
-    data = Data.of_plain_text(str(tmp_path / "a.txt"), ELMO.Config(validation=10, min_count=1), tmp_path / "cache")
-    tokens, sides = data.encoded.tokens, (data.train, data.validation, data.test[1])
-    words = [{tokens.types[k] for row in rows for k in tokens.ids[tokens.offsets[row]:tokens.offsets[row + 1]]}
-             for rows in sides]
-    assert [len(side) for side in words] == [40, 10, 10] and len(set.union(*words)) == 60
-    assert sum(map(len, sides)) == len(tokens) > 60 and np.diff(tokens.offsets).max() == 3
+    config = ELMO.Config(validation=10, min_count=1)
+    data = text.Data.of_plain_text(str(tmp_path / "a.txt"), config, tmp_path / "cache")
+    sides = [data.train, data.validation, data.test[1]]
+    types = [np.flatnonzero(data.encoded.tokens.counts(rows)) for rows in sides]       # one type per line of the file
+    assert [len(side) for side in types] == [40, 10, 10]
+    assert len(np.unique(np.concatenate(types))) == 60
+    assert sum(len(rows) for rows in sides) == len(data.encoded.tokens) > 60
+    assert data.encoded.lengths.max() == 3
 
 
-def test_a_few_chunks_are_under_way_at_a_time_however_long_the_corpus_is():
+def test_only_a_few_chunks_are_read_ahead_however_long_the_corpus_is():
     drawn = 0
+
     def jobs():
         nonlocal drawn
         for _ in range(200):
             drawn += 1
             yield ["a b c"] * 10
-    found = corpus.counted(jobs(), str.split, 2)
+
+    found = corpus.count_chunks(jobs(), str.split, 2)
     for done in range(1, 201):
-        assert next(found)[0] == ["a", "b", "c"] and drawn <= done + 4 * 2 + 2
+        assert next(found)[0] == ["a", "b", "c"]
+        assert drawn <= done + 4 * 2 + 2
     assert next(found, None) is None
 
 
-def test_a_corpus_whose_cache_cannot_be_written_is_refused_rather_than_held_in_memory(tmp_path, capsys, monkeypatch):
+def test_a_corpus_whose_cache_cannot_be_written_is_refused_rather_than_read_into_memory(tmp_path, capsys, monkeypatch):
     (tmp_path / "a.txt").write_text("one\ntwo\nthree\n")
     (tmp_path / "cache").write_text("a file")
     monkeypatch.setattr(ELMO, "CACHE", tmp_path / "cache")

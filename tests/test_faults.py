@@ -1,28 +1,30 @@
 """What both scripts survive: kills, damaged files, wrong inputs, a full disk, a second run, code in a file, a nan loss.
 
     pytest tests/test_faults.py                         a few tries of each fault, as a part of the test suite
-    python tests/test_faults.py [--quick] [--seed N]    many tries, to models/faults.json; about 15 minutes on two cores
+    python tests/test_faults.py [--quick] [--seed N]    many tries, to models/faults.json; about 6 minutes on two cores
 
 A run that was disturbed must end with the weights of one that was not, bit for bit. faults.json has {tried, survived}
 of each fault, then failures [sentences], seed, command, machine, versions and seconds. Some faults have more counts:
 with_state (stops after step 0), after_the_end (signals that came too late to be tried) and by_signal of kills, refused
-of damaged_files, by_kind of bad_inputs, and for disk_full by what the room was limited.
+of damaged_files, by_kind of bad_inputs, and by of disk_full: what limited the room.
 """
 import argparse
 import io
+import multiprocessing
 import os
 import random
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout, suppress
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -35,8 +37,8 @@ import ELMO
 from data import sample
 from run import figures
 from run.checkpoint import digest, read_published, read_resume
-from run.files import InputError, one_line, read_json, write_json
-from run.machine import machine, versions
+from run.files import InputError, read_json, write_json
+from run.machine import describe, versions
 from run.options import Parser, script
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,6 +50,8 @@ OPTIONS = {
                "--min-count 2 --log-every 20 --save-every 0.1",
     "classification.py": "--hidden 8 --setting trainable --seeds 2 --epochs 2 --batch-tokens 300 --log-every 20 "
                          "--save-every 0.1"}
+FORKS = multiprocessing.get_context("forkserver")       # new processes that have both scripts imported already
+FORKS.set_forkserver_preload(["classification"])
 
 
 class Reference:
@@ -66,7 +70,7 @@ class Reference:
             wait_for_state(process, self.whole)
             shutil.copy(next(self.whole.glob("*.resume.pt")), folder / f"{name}.state.pt")
             startup = time.perf_counter() - begin
-            assert process.wait() == 0, log_of(self.whole)[-300:]
+            assert status_of(process) == 0, log_of(self.whole)[-300:]
             self.seconds[name] = (startup, time.perf_counter() - begin - startup)
             self.weights[name] = weights(self.whole / FILES[name])
 
@@ -75,28 +79,39 @@ class Reference:
         bilstm = ["--bilstm", str(self.whole / "bilstm.pt")] if name == "classification.py" else []
         return ["--out", str(out), *OPTIONS[name].split(), *bilstm, *more]
 
-    def start(self, name: str, out: Path, *more: str, program: str = "", limit: int = 0) -> subprocess.Popen:
-        """Starts a script, or `program` in its place; `limit`: bytes that it may write to one file."""
-        def prepare() -> None:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)        # a background job of a shell ignores SIGINT
-            if limit:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    def start(self, name: str, out: Path, *more: str, before: Callable = bool) -> FORKS.Process:
+        """Starts a script in a process of its own, which first calls `before`; see log_of for what it prints."""
+        log = Path(f"{out}.log")
+        log.touch()
+        argv = self.arguments(name, out, *more)
+        process = FORKS.Process(target=run_script, args=(name, argv, log, self.folder / "corpus", before))
+        process.start()
+        return process
 
-        python = [sys.executable, "-c", program] if program else [sys.executable, str(ROOT / name)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "AG_NEWS_DIR": str(self.folder / "corpus")}
-        with open(f"{out}.log", "ab") as log:
-            return subprocess.Popen([*python, *self.arguments(name, out, *more)], env=environment, stdout=log,
-                                    stderr=log, cwd=ROOT, preexec_fn=prepare)
-
-    def check(self, name: str, out: Path, process: subprocess.Popen) -> None:
+    def check(self, name: str, out: Path, process: FORKS.Process) -> None:
         """Asserts that a run ends as the undisturbed one did, and leaves nothing but its results."""
-        assert process.wait() == 0, f"exit status {process.returncode}: {log_of(out)[-300:]!r}"
+        assert status_of(process) == 0, log_of(out)[-300:]
         rest = [path.name for path in out.rglob("*") if path.name.startswith(".") or ".resume." in path.name]
         assert set(rest) <= {".lock"}, f"{rest} is left"
-        assert weights(out / FILES[name]) == self.weights[name], "the weights differ from the undisturbed run's"
+        same = weights(out / FILES[name]) == self.weights[name]
+        assert same, "the weights differ from those of the undisturbed run"
 
-    def resume(self, name: str, out: Path) -> None:
-        self.check(name, out, self.start(name, out, "--resume"))
+
+def run_script(name: str, argv: list[str], log: Path, corpus: Path, before: Callable) -> None:
+    """What a new process does: a script on the rows in `corpus`, with its output at the end of `log`."""
+    with open(log, "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ["AG_NEWS_DIR"] = str(corpus)
+    torch.set_num_threads(1)
+    before()
+    sys.exit(SCRIPTS[name].main(argv))
+
+
+def status_of(process: FORKS.Process) -> int:
+    """The exit status of a process, when it has ended; -N if signal N ended it."""
+    process.join()
+    return process.exitcode
 
 
 def as_bytes(value) -> bytes:
@@ -115,28 +130,22 @@ def log_of(out: Path) -> str:
     return Path(f"{out}.log").read_text(errors="replace")
 
 
-def assert_refused(process: subprocess.Popen, out: Path, sentence: str) -> None:
+def assert_refused(process: FORKS.Process, out: Path, sentence: str) -> None:
     """Asserts that a run ends with exit status 2 and says why."""
-    status = process.wait()
+    status = status_of(process)
     said = log_of(out)
     assert status == 2 and sentence in said and "Traceback" not in said, f"exit status {status}: {said[-300:]!r}"
 
 
-def state_of(out: Path) -> Path | None:
-    """The file from which a run in this folder can resume."""
-    return next(out.glob("*.resume.pt"), None)
+def saved_step(out: Path) -> int | None:
+    """The step at which the saved state continues; None without a state."""
+    return next((read_resume(file, {})["run"]["step"] for file in out.glob("*.resume.pt")), None)
 
 
-def saved_step(out: Path) -> int:
-    """The step at which the saved state continues; 0 without a state."""
-    file = state_of(out)
-    return read_resume(file, {})["run"]["step"] if file else 0
-
-
-def wait_for_state(process: subprocess.Popen, out: Path) -> None:
+def wait_for_state(process: FORKS.Process, out: Path) -> None:
     """Waits until the process has written a state, or has ended."""
     before = time.time_ns()
-    while process.poll() is None:
+    while process.is_alive():
         with suppress(FileNotFoundError):       # the run deletes the state at its end
             if any(file.stat().st_mtime_ns > before for file in out.glob("*.resume.pt")):
                 return
@@ -145,7 +154,12 @@ def wait_for_state(process: subprocess.Popen, out: Path) -> None:
 
 # Each of the following functions is one try of a fault, with random numbers of its own. It raises AssertionError if a
 # script does not survive, and counts in `found` what it has tried.
-# ------------------------------------------------------------------------------------------------------ kills
+def send(process: FORKS.Process, kind: signal.Signals) -> None:
+    """Sends a signal to a process, unless it has ended."""
+    with suppress(ProcessLookupError):
+        os.kill(process.pid, kind)
+
+
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
 
@@ -153,32 +167,30 @@ def kills(reference: Reference, k: int, draw: random.Random, found: Counter) -> 
     """Each signal stops a run once at a random moment, three times in four after it has begun to train; it resumes."""
     name = NAMES[k % 2]
     out = reference.folder / f"kills-{k}"
-    step = 0
+    step = None
     process = reference.start(name, out, "--resume")
     for kind in draw.sample(SIGNALS, len(SIGNALS)):
-        begins = len(log_of(out))
         latest, training = reference.seconds[name]
         trains = draw.random() < 0.75
         if trains:
             wait_for_state(process, out)
             latest = 0.2 * training
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(draw.uniform(0, latest))
-        process.send_signal(kind)
-        if process.wait() == 0:
+        process.join(draw.uniform(0, latest))
+        send(process, kind)
+        status = status_of(process)
+        if status == 0:
             found["after_the_end"] += 1
             break
         found.update(["tried", kind.name])
         before = step
         step = saved_step(out)
-        found["with_state"] += step > 0
-        assert step >= before or not state_of(out), f"a state of step {step} after one of step {before}"
-        assert not trains or "Traceback" not in log_of(out)[begins:], log_of(out)[-300:]
+        found["with_state"] += bool(step)
+        assert None in (step, before) or step >= before, f"a state of step {step} after one of step {before}"
+        assert not trains or status in (-kind, 130), f"exit status {status}: {log_of(out)[-300:]}"
         process = reference.start(name, out, "--resume")
     reference.check(name, out, process)
 
 
-# ---------------------------------------------------------------------------------------------- damage and code
 def load(reference: Reference, name: str, file: Path) -> bytes | None:
     """The content of a published file or of a resume state; None if it is refused in one sentence."""
     try:
@@ -230,43 +242,35 @@ def code(reference: Reference, k: int, draw: random.Random, found: Counter) -> N
     assert not Path(evil).exists(), "the code was run"
 
 
-# ----------------------------------------------------------------------------------------------- wrong inputs
-KINDS = ("csv", "toml", "json", "pt")
-WRONG_CLASSES = ["0", "5", "7", "-1", "x", "", " ", "nan", "inf", "1.5", "1e0x", "one", "١٢"]
-WRONG_TOML = ["hidden = ", "hidden 12", "[hidden]\nx = 1", "hidden = 12\nhidden = 13", "hidden = [1", "= 3", "\0",
-              "hidden = true", "hidden = 'a'", "hidden = 1.5", "hidden = 0", "hidden = -3", "lr = nan", "lr = inf",
-              "lr = 'a'", "lr = true", "lr = 11", "lr = -1e-9", "hidden_ = 1"]
-WRONG_JSON = ["", "{", "[]", "3", "null", "{}", '"a"', '{"history": []}', '{"settings": {}}', '{"confusion": 3}']
-WRONG_PARTS = [None, True, 3, "a", [], ["a"], [1, 2, 3], {}, {"a": 1}, {"hidden": 12}, [[]], {"a": {}}]
+# TEXT stands for random text, CLASS for what is no class, ROWS for good rows, \udcff for a byte that is not UTF-8.
+TEXT = "abc ,;'.#=[]{}\\\t\xa0\u200f\ufeffé١😀"
+CLASSES = ["0", "5", "7", "-1", "x", "", " ", "nan", "inf", "1.5", "1e0x", "one", "١٢"]
+WRONG = {
+    "csv": ['ROWS"CLASS","TEXT","TEXT"\nROWS', 'ROWS"1","TEXT"\nROWS', 'ROWS"1","TEXT","TEXT","TEXT"\nROWS',
+            'ROWS"1","t","TEXT\nROWS', 'ROWS"1","t","TEXT\0"\nROWS', 'ROWS"1","t","TEXT\udcff"\nROWS', "", "\n \n",
+            "Class Index,Title,Description\n", '"CLASS","TEXT","TEXT"\n'],
+    "toml": ["hidden = TEXT", "hidden 12", "[hidden]\nx = 1", "hidden = 12\nhidden = 13", "= 3", "\0", "# \udcff",
+             "hidden = true", "hidden = 'a'", "hidden = 0", "lr = nan", "lr = true", "lr = 11", "lr = -1e-9", "no = 1"],
+    "json": ["", "{", "{TEXT", "\udcff", "[]", "3", "null", "{}", '"a"', '{"history": []}', '{"settings": []}'],
+    "pt": [None, True, 3, "a", [], ["a"], [1, 2, 3], {}, {"a": 1}, {"hidden": 12}, [[]], {"a": {}}]}
 
 
-def noise(draw: random.Random) -> str:
-    """Up to 20 characters, some of them unusual; no quotes and no line ends."""
-    return "".join(draw.choices("abc ,;'.#=[]{}\\\t\xa0\u200f\ufeffé١😀", k=draw.randrange(20)))
+def wrong_text(draw: random.Random, kind: str) -> bytes:
+    """The content of a wrong CSV, TOML or JSON file."""
+    content = draw.choice(WRONG[kind])
+    content = content.replace("ROWS", '"1","t","the bank sued the court ."\n' * draw.randrange(4))
+    content = content.replace("TEXT", "".join(draw.choices(TEXT, k=draw.randrange(20))))
+    return content.replace("CLASS", draw.choice(CLASSES)).encode("utf-8", "surrogateescape")
 
 
-def wrong_csv(draw: random.Random) -> bytes:
-    """Good rows around a wrong one, or a file that is wrong as a whole."""
-    text = noise(draw)
-    wrong = draw.choice([
-        f'"{draw.choice(WRONG_CLASSES)}","{text}","{text}"', f'"1","{text}"',
-        '"1"' + f',"{text}"' * draw.randrange(3, 9),
-        f'"1","t","{text}', f'"1","t","{text}\0"', f'"1","t","{text}\udcff"'])
-    row = '"1","t","the bank sued the court ."\n'
-    content = row * draw.randrange(4) + wrong + "\n" + row * draw.randrange(4)
-    whole = draw.choice(["", "\n\n \n", "Class Index,Title,Description\n", f'"Class","{text}","{text}"\n', "\udcff"])
-    return draw.choice([content, content, whole]).encode("utf-8", "surrogateescape")
-
-
-def wrong_pt(draw: random.Random, good: dict) -> bytes:
+def wrong_pt(draw: random.Random, content: dict) -> bytes:
     """Bytes, any value, or a published file with one wrong part and, if there can be one, the right digest."""
-    value = draw.choice(WRONG_PARTS)
-    good[draw.choice(sorted(good.keys() & {"config", "words", "labels", "weights", "format"}))] = value
-    file = io.BytesIO()
+    value = draw.choice(WRONG["pt"])
+    keys = content.keys() & {"config", "words", "labels", "weights", "format"}
+    content[draw.choice(sorted(keys))] = value
     with suppress(Exception):       # for example, the weights are no dictionary, so that there is no digest
-        good["digest"] = digest(good)
-    torch.save(good, file)
-    return draw.choice([draw.randbytes(draw.randrange(200)), as_bytes(value), file.getvalue(), file.getvalue()])
+        content["digest"] = digest(content)
+    return draw.choice([draw.randbytes(draw.randrange(200)), as_bytes(value), as_bytes(content), as_bytes(content)])
 
 
 def draw_figures(file: Path) -> None:
@@ -280,7 +284,7 @@ def draw_figures(file: Path) -> None:
 
 def bad_inputs(reference: Reference, k: int, draw: random.Random, found: Counter) -> None:
     """One wrong file for the program that reads it: one sentence, exit status 2, and nothing is written."""
-    kind = KINDS[k % 4]
+    kind = list(WRONG)[k % 4]
     name = NAMES[k // 4 % 2]
     program = SCRIPTS[name].main
     folder = reference.folder / f"input-{k}"
@@ -288,14 +292,14 @@ def bad_inputs(reference: Reference, k: int, draw: random.Random, found: Counter
     argv = reference.arguments(name, folder)
     if kind == "csv":
         file = folder / draw.choice(["train.csv", "test.csv"])
-        file.write_bytes(wrong_csv(draw))
+        file.write_bytes(wrong_text(draw, kind))
     elif kind == "toml":
         file = folder / "options.toml"
-        file.write_text(draw.choice([*WRONG_TOML, f"hidden = {noise(draw)}"]))
+        file.write_bytes(wrong_text(draw, kind))
         argv = ["--out", str(folder), "--config", str(file)]
     elif kind == "json":
         file = folder / draw.choice(["pretraining.json", "classification.json"])
-        file.write_text(draw.choice([*WRONG_JSON, "{" + noise(draw)]))
+        file.write_bytes(wrong_text(draw, kind))
         program = script("build.py")(lambda argv: draw_figures(file))
     else:
         file = folder / FILES[name]
@@ -314,37 +318,21 @@ def bad_inputs(reference: Reference, k: int, draw: random.Random, found: Counter
     assert sorted(folder.rglob("[!.]*")) == before, "something was written"
 
 
-# ----------------------------------------------------------------------------------------- disk, second run, nan
-def mount(folder: Path, options: str) -> bool:
-    """Mounts a file system in memory, or changes its options; whether this user may do so."""
-    folder.mkdir(exist_ok=True)
-    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder]
-    return subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode == 0
-
-
 def disk_full(reference: Reference, k: int, draw: random.Random, found: Counter) -> None:
-    """The folder has too little room: one sentence, exit status 2, no part of a file; with more room it resumes."""
+    """The system refuses to write more bytes: one sentence, exit status 2, no part of a file; with room it resumes."""
     found["tried"] += 1
     name = NAMES[k % 2]
-    size = sum(path.stat().st_size for path in reference.whole.rglob("*") if path.is_file())
+    room = sum(path.stat().st_size for path in reference.whole.rglob("*") if path.is_file())
     status = 0
-    while status == 0:          # less and less room, until the run does not fit
-        size = int(size * draw.uniform(0.05, 0.7))
-        out = reference.folder / f"full-{k}-{size}"
-        mounted = mount(out, f"size={8192 + size}")
-        found["mounted"] += mounted
-        try:
-            run = reference.start(name, out, "--resume", limit=8192 + size)
-            status = run.wait()
-            if status != 0:
-                assert_refused(run, out, "cannot be written")
-                assert not list(out.rglob("*.part"))
-                if mounted:
-                    mount(out, "remount,size=100m")
-                reference.resume(name, out)
-        finally:
-            if mounted:
-                subprocess.run(["umount", out], check=True)
+    while status == 0:          # less and less room for a file, until a run does not fit
+        room = int(room * draw.uniform(0.05, 0.7))
+        out = reference.folder / f"full-{k}-{room}"
+        limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (room + 8192, room + 8192))
+        run = reference.start(name, out, before=limit)
+        status = status_of(run)
+    assert_refused(run, out, "cannot be written")
+    assert not list(out.rglob("*.part"))
+    reference.check(name, out, reference.start(name, out, "--resume"))
 
 
 def two_runs(reference: Reference, k: int, draw: random.Random, found: Counter) -> None:
@@ -354,28 +342,29 @@ def two_runs(reference: Reference, k: int, draw: random.Random, found: Counter) 
     out = reference.folder / f"two-{k}"
     first = reference.start(name, out)
     wait_for_state(first, out)
-    first.send_signal(signal.SIGSTOP)
+    send(first, signal.SIGSTOP)
     try:
         second = reference.start(draw.choice(NAMES), out, *draw.choice(([], ["--resume"])))
         assert_refused(second, out, "another run is writing")
     finally:
-        first.send_signal(signal.SIGCONT)
+        send(first, signal.SIGCONT)
     reference.check(name, out, first)
 
 
-POISON = """
-import itertools, sys
-import {module} as script
-loss = {function}
-calls = itertools.count()
-def poisoned(*args, **options):
-    factor = float("nan") if next(calls) == {call} else 1.0
-    return factor * loss(*args, **options)
-{function} = poisoned
-sys.exit(script.main())
-"""
-LOSSES = {"ELMO.py": ("script.sampled_nll", 2),                     # the function, and how often a step calls it:
-          "classification.py": ("script.F.cross_entropy", 2)}       # once per direction, once per head
+LOSSES = {"ELMO.py": (ELMO, "sampled_nll"), "classification.py": (classification.F, "cross_entropy")}
+
+
+def poison(name: str, call: int) -> None:
+    """Makes the loss function of a script return nan at one of its calls."""
+    module, function = LOSSES[name]
+    loss = getattr(module, function)
+    calls = count()
+
+    def poisoned(*args, **options) -> torch.Tensor:
+        factor = float("nan") if next(calls) == call else 1.0
+        return factor * loss(*args, **options)
+
+    setattr(module, function, poisoned)
 
 
 def nan(reference: Reference, k: int, draw: random.Random, found: Counter) -> None:
@@ -383,48 +372,42 @@ def nan(reference: Reference, k: int, draw: random.Random, found: Counter) -> No
     found["tried"] += 1
     name = NAMES[k % 2]
     out = reference.folder / f"nan-{k}"
-    function, calls = LOSSES[name]
     step = draw.randrange(30)
-    call = calls * step + draw.randrange(calls)
-    program = POISON.format(module=name.removesuffix(".py"), function=function, call=call)
-    run = reference.start(name, out, "--save-every", "1000", program=program)       # only its end saves a state
+    call = 2 * step + draw.randrange(2)         # a step has two calls: one per direction, or one per head
+    run = reference.start(name, out, "--save-every", "1000", before=partial(poison, name, call))
     assert_refused(run, out, f"not finite at step {step};")
     assert saved_step(out) == step, f"nan at step {step}, but the state is of step {saved_step(out)}"
-    reference.resume(name, out)
+    reference.check(name, out, reference.start(name, out, "--resume"))
 
 
-# ---------------------------------------------------------------------------------------------------- all faults
 TRIES = {   # of a long run, of a short one, and how many at a time
     kills: (34, 2, 2), damaged_files: (200, 12, 1), bad_inputs: (300, 40, 1), disk_full: (12, 2, 2),
     two_runs: (8, 2, 2), code: (24, 8, 1), nan: (12, 2, 2)}
 
 
-def survey(fault, reference: Reference, short: bool) -> tuple[dict, list[str]]:
-    """All tries of a fault: its part of faults.json, and the failures."""
-    def attempt(k: int) -> tuple[Counter, str]:
-        found = Counter()
-        try:
-            fault(reference, k, random.Random(f"{reference.seed} {fault.__name__} {k}"), found)
-        except Exception as error:
-            return found, f"{fault.__name__}, try {k}: {type(error).__name__}: {one_line(error)}"
-        return found, ""
-
+def survey(fault: Callable, reference: Reference, short: bool) -> tuple[dict, list[str]]:
+    """All tries of a fault: its part of faults.json, and what went wrong in those that a script did not survive."""
     long_run, short_run, at_a_time = TRIES[fault]
+    name = fault.__name__
+    counts = [Counter() for _ in range(short_run if short else long_run)]
     with ThreadPoolExecutor(at_a_time) as pool:
-        outcomes = list(pool.map(attempt, range(short_run if short else long_run)))
-    tried = sum((found for found, _ in outcomes), Counter())
-    survived = sum((found for found, failure in outcomes if not failure), Counter())
-    counts = {"tried": tried["tried"], "survived": survived["tried"]}
+        tries = [pool.submit(fault, reference, k, random.Random(f"{reference.seed} {name} {k}"), found)
+                 for k, found in enumerate(counts)]
+    errors = [future.exception() for future in tries]
+    failures = [f"{name}, try {k}: {error!r:.400}" for k, error in enumerate(errors) if error]
+    tried = sum(counts, Counter())
+    survived = sum((found for found, error in zip(counts, errors, strict=True) if not error), Counter())
+    result = {"tried": tried["tried"], "survived": survived["tried"]}
     if fault is kills:
-        counts |= {"with_state": tried["with_state"], "after_the_end": tried["after_the_end"],
+        result |= {"with_state": tried["with_state"], "after_the_end": tried["after_the_end"],
                    "by_signal": {kind.name: tried[kind.name] for kind in SIGNALS}}
     elif fault is damaged_files:
-        counts["refused"] = tried["refused"]
+        result["refused"] = tried["refused"]
     elif fault is bad_inputs:
-        counts["by_kind"] = {kind: {"tried": tried[kind], "survived": survived[kind]} for kind in KINDS}
+        result["by_kind"] = {kind: {"tried": tried[kind], "survived": survived[kind]} for kind in WRONG}
     elif fault is disk_full:
-        counts["by"] = "tmpfs" if tried["mounted"] else "limit on the size of a file"
-    return counts, [failure for _, failure in outcomes if failure]
+        result["by"] = "limit on the size of a file"
+    return result, failures
 
 
 @pytest.fixture(scope="module")
@@ -440,7 +423,7 @@ def test_both_scripts_survive(fault, reference):
 
 
 @script("test_faults.py")
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Exit status 0 if everything survived, 1 otherwise, 2 for an input that the user can fix."""
     begin = time.perf_counter()
     parser = Parser(prog="test_faults.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -456,10 +439,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             result[fault.__name__], new = survey(fault, reference, options.quick)
             print(f"{fault.__name__}: {result[fault.__name__]}", *new, sep="\n", flush=True)
             failures += new
-    command = " ".join(["python", "tests/test_faults.py", *(sys.argv[1:] if argv is None else argv)])
-    write_json(options.out, result | {
-        "failures": failures, "seed": options.seed, "command": command, "machine": machine(torch.device("cpu")),
-        "versions": versions(), "seconds": time.perf_counter() - begin})
+    command = " ".join(["python", "tests/test_faults.py", *sys.argv[1:]])
+    about = {"command": command, "machine": describe(torch.device("cpu")), "versions": versions()}
+    write_json(options.out, result | {"failures": failures, "seed": options.seed} | about | {
+        "seconds": time.perf_counter() - begin})
     return 1 if failures else 0
 
 

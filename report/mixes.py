@@ -1,0 +1,120 @@
+"""Heads that read other mixes than those of classification.py: fewer layers, pulled weights, Word2Vec beside ELMo.
+
+For the finding `mixes` of report/findings.py (tables 2 and 3 of the paper). Shapes as in classification.py.
+"""
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from classification import Config, ELMoVectors, Head, Trainer
+from data.text import Encoded
+from ELMO import ELMo
+from report.baselines import STATIC_VECTORS, StaticVectors
+from run.files import InputError
+
+STATIC = STATIC_VECTORS["width"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a head of `mixes` reads: a mix of some layers and Word2Vec, and where.
+
+    strength: lambda of the paper's section 3.2; lambda |w|^2 is added to the loss, which draws s to the plain average.
+    """
+    layers: tuple[int, ...] = (0, 1, 2)
+    strength: float = 0.0
+    word2vec: bool = False
+    elmo_input: bool = True
+    elmo_output: bool = False
+
+
+VARIANTS = {
+    "layer 0": Variant(layers=(0,)),
+    "layer 1": Variant(layers=(1,)),
+    "layer 2": Variant(layers=(2,)),
+    "all layers, lambda 0": Variant(),
+    "all layers, lambda 1/1000": Variant(strength=0.001),
+    "all layers, lambda 1": Variant(strength=1.0),
+    "Word2Vec": Variant(word2vec=True, elmo_input=False),
+    "Word2Vec, ELMo at the input": Variant(word2vec=True),
+    "Word2Vec, ELMo at the output": Variant(word2vec=True, elmo_input=False, elmo_output=True),
+    "Word2Vec, ELMo at both": Variant(word2vec=True, elmo_output=True)}
+
+
+class ELMoAndWord2Vec(ELMoVectors):
+    """The biLM's layers and, as a fourth one, Word2Vec filled up with zeros: (4, T, B, D)."""
+    layers = ELMoVectors.layers + 1
+
+    def __init__(self, elmo: ELMo, word2vec: StaticVectors):
+        super().__init__(elmo.model)
+        self.word2vec = word2vec
+        if self.width < word2vec.width:
+            raise InputError(f"the biLM's vectors have {self.width} numbers; `mixes` needs {word2vec.width}")
+
+    def __call__(self, encoded: Encoded, rows: np.ndarray, dtype: torch.dtype, map: Callable = map) -> Tensor:
+        layers = super().__call__(encoded, rows, dtype, map)                    # (3, T, B, D)
+        word2vec = self.word2vec(encoded, rows, layers.dtype)                   # (1, T, B, 300)
+        return torch.cat([layers, F.pad(word2vec, (0, self.width - self.word2vec.width))])
+
+
+class VariantHead(Head):
+    """A head that reads what its variant says.
+
+    ELMo at the output stands beside the LSTM's states and is pooled with them. At both places it is the same mix, while
+    the paper learns two.
+    """
+
+    def __init__(self, config: Config, name: str, layers: int, width: int, classes: int):
+        """layers and width are those of ELMoAndWord2Vec: 4 and D."""
+        variant = VARIANTS[name]
+        read_width = variant.word2vec * STATIC + variant.elmo_input * width
+        super().__init__(config, "trainable", len(variant.layers), read_width, classes)
+        self.variant = variant
+        self.read_width = read_width                            # of what the LSTM reads
+        if variant.elmo_output:
+            self.width = read_width + width                     # of the dropout mask, which covers both places
+            self.text_width = 6 * (config.hidden + width)
+            self.attention = nn.Linear(config.hidden + width, 1)
+            self.out = nn.Linear(self.text_width, classes)
+        if variant.strength:
+            self.mix.w.register_hook(lambda gradient: gradient + 2 * variant.strength * self.mix.w.detach())
+
+    def forward(self, layers: Tensor, lengths: Tensor, masks: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """(N, C) logits of `layers` (4, T, B, D) from ELMoAndWord2Vec."""
+        mix = self.mix(layers[list(self.variant.layers)])                       # (T, B, D)
+        vectors = [layers[-1, ..., :STATIC]] if self.variant.word2vec else []
+        vectors += [mix] * (self.variant.elmo_input + self.variant.elmo_output)
+        x = torch.cat(vectors, dim=-1)                                          # (T, B, width)
+        if masks is not None:
+            x = x * masks[1].to(x.dtype)
+        h = self.read(x[..., :self.read_width], lengths)                        # (2, T, B, H)
+        if self.variant.elmo_output:
+            output = x[..., self.read_width:].expand(2, -1, -1, -1)
+            h = torch.cat([h, output.to(h.dtype)], dim=-1)                      # (2, T, B, H + D)
+        inside = torch.arange(len(x), device=x.device)[:, None] < lengths       # (T, B)
+        text = self.pool(h, inside)                                             # (B, text_width)
+        if masks is not None:
+            text = text * masks[0].to(text.dtype)
+        return self.out(text).float()
+
+
+@dataclass(frozen=True)
+class VariantConfig(Config):
+    """Options of classification, with every variant as a setting."""
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        return tuple(VARIANTS)
+
+
+class VariantTrainer(Trainer):
+    """Trains the heads of all variants side by side."""
+
+    def new_head(self, setting: str, classes: int, seed: int) -> VariantHead:
+        with torch.random.fork_rng(devices=[]):
+            head = VariantHead(self.config, setting, self.vectors.layers, self.vectors.width, classes)
+        return head.initialize(seed)

@@ -1,0 +1,238 @@
+"""Ambiguous words, their uses, and the nearest uses by the vectors of a layer (section 5.3 and table 4 of the paper).
+
+No text of AG News says in which sense it uses a word, so the sense of a use is taken to be the class of its row.
+For the findings `senses` and `neighbours` of report/findings.py.
+"""
+import math
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch.nn.functional as F
+from scipy.stats import entropy
+
+from data.tasks import Part, Task
+from ELMO import ELMo
+from report.baselines import texts_of
+from run.files import InputError
+
+DETERMINERS = frozenset("the a an its his her their our this that these those".split())
+FOLLOWERS = frozenset(", . ; : ) of in on at for to from by with and or as is was are were has had have will would "
+                      "that which who when while after before".split())
+NOUN_SHARE = 0.15       # smallest share of a noun's uses that stand between a determiner and a follower
+MIN_USES = 20           # of an ambiguous word in test rows
+MAX_SHARE = 0.7         # of these uses that one class may have
+RULE = ("words that follow a determiner and stand before a preposition, an auxiliary, a conjunction or a sign in at "
+        f"least {NOUN_SHARE:.0%} of their uses in training rows (nouns), with at least {MIN_USES} uses in test rows, "
+        f"none of whose classes has more than {MAX_SHARE:.0%} of these")
+POOL = 800              # uses of a word in training rows in which the nearest are sought
+VOTERS = 10             # nearest uses that vote
+COPIED_WORDS = 8        # rows that share so many words in a row are near copies, whose class proves nothing
+
+
+# ------------------------------------------------------------------------------------------------ words and uses
+@dataclass
+class Uses:
+    """The uses of one word: vectors (uses, 3, D) of unit length, and for each use its row, class and row's tokens."""
+    vectors: np.ndarray
+    rows: np.ndarray
+    classes: np.ndarray
+    tokens: list[list[str]]
+
+    def take(self, chosen: list[int]) -> "Uses":
+        """The uses with these numbers."""
+        tokens = [self.tokens[i] for i in chosen]
+        return Uses(self.vectors[chosen], self.rows[chosen], self.classes[chosen], tokens)
+
+
+def nouns(tokens: list[list[str]]) -> set[str]:
+    """Words that stand where nouns stand often enough, by RULE; there is no tagger and no lexicon."""
+    seen = Counter()
+    like_nouns = Counter()
+    for row in tokens:
+        seen.update(row)
+        for before, word, after in zip(row, row[1:], row[2:], strict=False):
+            if before in DETERMINERS and after in FOLLOWERS:
+                like_nouns[word] += 1
+    return {word for word, count in like_nouns.items() if count >= NOUN_SHARE * seen[word] and word.isalpha()}
+
+
+def ambiguous(words: set[str], tokens: list[list[str]], classes: np.ndarray, min_uses: int) -> list[str]:
+    """The words that rows of these tokens and classes use often enough and in several classes, by RULE; sorted."""
+    counts = {word: Counter() for word in words}
+    for row, label in zip(tokens, classes.tolist(), strict=True):
+        for word in row:
+            if word in counts:
+                counts[word][label] += 1
+    found = []
+    for word, by_class in counts.items():
+        uses = by_class.total()
+        if uses >= min_uses and max(by_class.values()) <= MAX_SHARE * uses:
+            found.append(word)
+    return sorted(found)
+
+
+def places_of(words: Sequence[str], tokens: list[list[str]], max_uses: float) -> dict[int, list[tuple[str, int]]]:
+    """{row: [(word, position)]} for the first `max_uses` uses of each word, in a random order of the rows."""
+    counts = dict.fromkeys(words, 0)
+    places = defaultdict(list)
+    for row in np.random.default_rng(0).permutation(len(tokens)).tolist():
+        for k, word in enumerate(tokens[row]):
+            if word in counts and counts[word] < max_uses:
+                counts[word] += 1
+                places[row].append((word, k))
+    return places
+
+
+def find_uses(elmo: ELMo, part: Part, tokens: list[list[str]], words: Sequence[str],
+              max_uses: float = math.inf) -> dict[str, Uses]:
+    """{word: its uses in a part's rows, at most `max_uses`}; tokens: those of each row, in which each word stands."""
+    places = places_of(words, tokens, max_uses)
+    in_order = sorted(places)
+    vectors = {word: [] for word in words}
+    rows = {word: [] for word in words}
+    stream = elmo.embed_stream(texts_of(part.take(in_order)), "bf16")
+    for row, layers in zip(in_order, stream, strict=True):
+        for word, k in places[row]:
+            unit = F.normalize(layers[:, k], dim=1)                         # (3, D)
+            vectors[word].append(unit.half().numpy())
+            rows[word].append(row)
+    uses = {}
+    for word in words:
+        uses[word] = Uses(
+            vectors=np.stack(vectors[word]),
+            rows=np.array(rows[word]),
+            classes=part.labels[rows[word]],
+            tokens=[tokens[row] for row in rows[word]])
+    return uses
+
+
+def uses_by_word(elmo: ELMo, task: Task, part: str, train_tokens: list[list[str]],
+                 min_uses: int) -> dict[str, tuple[Uses, Uses]]:
+    """{word: (its uses in the part's rows, its uses in training rows)} for the words that RULE finds."""
+    rows = getattr(task, part)
+    tokens = [elmo.tokenize(text) for text in texts_of(rows)]
+    known = nouns(train_tokens) & elmo.words.index.keys()
+    words = ambiguous(known, tokens, rows.labels, min_uses)
+    if not words:
+        raise InputError(f"no word of the {part} rows is ambiguous by the rule; there is no sense to find")
+    pool = find_uses(elmo, task.train, train_tokens, words, POOL)
+    queries = find_uses(elmo, rows, tokens, words)
+    return {word: (queries[word], pool[word]) for word in words}
+
+
+# --------------------------------------------------------------------------------------------------- nearest uses
+def share_words(a: list[str], b: list[str], n: int = COPIED_WORDS) -> bool:
+    """Whether two rows have n words in a row in common."""
+    return not grams(a, n).isdisjoint(grams(b, n))
+
+
+def grams(tokens: list[str], n: int) -> set[tuple[str, ...]]:
+    """All sequences of n tokens."""
+    return {tuple(tokens[i:i + n]) for i in range(len(tokens) - n + 1)}
+
+
+def cosines(queries: Uses, pool: Uses, layer: int) -> np.ndarray:
+    """(queries, pool) cosine similarities."""
+    a = queries.vectors[:, layer].astype(np.float32)
+    b = pool.vectors[:, layer].astype(np.float32)
+    return a @ b.T
+
+
+def nearest(queries: Uses, pool: Uses, layer: int, count: int = 1) -> list[list[int]]:
+    """For each query the numbers of the `count` nearest uses in the pool by cosine, near copies left out."""
+    found = []
+    orders = np.argsort(-cosines(queries, pool, layer)).tolist()
+    for tokens, order in zip(queries.tokens, orders, strict=True):
+        originals = (i for i in order if not share_words(tokens, pool.tokens[i]))
+        found.append(list(islice(originals, count)) or order[:1])
+    return found
+
+
+def correct_classes(queries: Uses, pool: Uses, layer: int) -> np.ndarray:
+    """(2, queries) bool: whether the nearest use has the query's class, and whether the VOTERS nearest vote for it.
+
+    A vote counts as much as its cosine.
+    """
+    similar = cosines(queries, pool, layer)
+    first = []
+    votes = []
+    for i, uses in enumerate(nearest(queries, pool, layer, VOTERS)):
+        classes = pool.classes[uses]
+        first.append(classes[0])
+        votes.append(np.bincount(classes, similar[i, uses]).argmax())
+    return np.array([first, votes]) == queries.classes
+
+
+def correct_by_layer(queries: Uses, pool: Uses) -> np.ndarray:
+    """(3, 2, queries): `correct_classes` by each layer.
+
+    In layer 0 all uses are equally near: the nearest has the query's class with the class's share, the vote is for the
+    most frequent class.
+    """
+    expected = (pool.classes == queries.classes[:, None]).mean(axis=1)
+    majority = queries.classes == np.bincount(pool.classes).argmax()
+    layer_0 = np.array([expected, majority])
+    return np.stack([layer_0, correct_classes(queries, pool, 1), correct_classes(queries, pool, 2)])
+
+
+def sense_accuracy(uses: dict[str, tuple[Uses, Uses]]) -> dict:
+    """How often a word's nearest uses have its class: words, uses, majority, layers, votes, interval of findings.json.
+
+    uses: {word: (queries, pool)}.
+    """
+    words = {}
+    sums = []
+    for word, (queries, pool) in uses.items():
+        correct = correct_by_layer(queries, pool)
+        nearest_share, vote_share = correct.mean(axis=2).T.tolist()
+        words[word] = {"uses": len(queries.rows), "majority": vote_share[0], "layers": nearest_share,
+                       "votes": vote_share}
+        sums.append(correct.sum(axis=2))
+    hits = np.array(sums)                                                   # (words, 3, 2)
+    sizes = np.array([numbers["uses"] for numbers in words.values()])       # (words,)
+    share = hits.sum(axis=0) / sizes.sum()                                  # (3, 2)
+    layers, votes = share.T.tolist()
+    drawn = np.random.default_rng(0).integers(len(words), size=(2_000, len(words)))
+    resampled = hits[drawn, :, 1].sum(axis=1) / sizes[drawn].sum(axis=1)[:, None]           # (2000, 3)
+    interval = np.percentile(resampled, [2.5, 97.5], axis=0).T.tolist()
+    return {
+        "words": words,
+        "uses": int(sizes.sum()),
+        "majority": votes[0],
+        "layers": layers,
+        "votes": votes,
+        "interval": interval}
+
+
+def nearest_uses(uses: dict[str, tuple[Uses, Uses]], elmo: ELMo, task: Task, shown: int = 4) -> list[dict]:
+    """`words` of the finding `neighbours`: the most evenly ambiguous words, with two uses of each.
+
+    The two uses stand in test rows of the word's two most frequent classes, the nearest ones in training rows.
+    """
+    evenness = {word: entropy(np.bincount(queries.classes)) for word, (queries, _) in uses.items()}
+    words = []
+    for word in sorted(uses, key=evenness.get, reverse=True)[:shown]:
+        queries, pool = uses[word]
+        pairs = []
+        for label in np.bincount(queries.classes).argsort()[::-1][:2]:
+            use = queries.take(np.flatnonzero(queries.classes == label)[:1])
+            near = pool.take(nearest(use, pool, layer=2)[0])
+            pairs.append({
+                "text": task.test.texts[use.rows[0]][0],
+                "label": task.labels[use.classes[0]],
+                "nearest": task.train.texts[near.rows[0]][0],
+                "nearest_label": task.labels[near.classes[0]],
+                "cosine": float(cosines(use, near, layer=2)[0, 0])})
+        words.append({"word": word, "static": nearest_words(word, elmo), "uses": pairs})
+    return words
+
+
+def nearest_words(word: str, elmo: ELMo, count: int = 6) -> list[str]:
+    """The words whose rows of the word table are nearest by cosine."""
+    table = F.normalize(elmo.model.table, dim=1)
+    similar = table @ table[elmo.words.index[word]]                         # (V,)
+    nearest_first = similar.argsort(descending=True)
+    return [elmo.words.words[i] for i in nearest_first[1:count + 1].tolist()]

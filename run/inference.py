@@ -1,0 +1,73 @@
+"""What both scripts do with a trained model on the command line: predictions and vectors of the lines of a file."""
+import json
+import zipfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import BinaryIO
+
+import numpy as np
+from tqdm import tqdm
+
+from run.files import InputError, read_lines, write_atomically
+
+
+def print_predictions(load: Callable, text: str, precision: str, as_json: bool) -> None:
+    """Prints label and probabilities of a text, or for "-" of each line of standard input.
+
+    `load()` returns the Classifier. If it takes two texts, a tab stands between them.
+    """
+    lines = read_lines("-") if text == "-" else [text]
+    classifier = load()
+    texts = [tuple(line.split("\t")) for line in lines] if classifier.config.two_texts else lines
+    for line, prediction in zip(lines, classifier.predict(texts, precision), strict=True):
+        if as_json:
+            print(json.dumps({"text": line} | prediction))
+        else:
+            probabilities = [f"{label} {p:.4f}" for label, p in prediction["probabilities"].items()]
+            print(prediction["label"], *probabilities, sep="\t")
+
+
+def embed_file(load: Callable, source: str, target: str, precision: str, full: bool) -> None:
+    """Writes the vectors of every line of `source` to the .npz file `target`: in float32 if `full`, else in float16.
+
+    `load()` returns the ELMo, after the file names are checked. precision: of the computation, "fp32", "bf16" or "auto".
+    """
+    check_target(target)
+    lines = read_lines(source)
+    elmo = load()
+    offsets = elmo.encode(lines).tokens.offsets
+    stream = elmo.embed_stream(lines, "fp32" if full or precision == "fp32" else "bf16")
+    layers = (vectors.numpy() for vectors in tqdm(stream, total=len(lines), unit="text"))
+    write_npz(target, offsets, 2 * elmo.config.width, layers, np.dtype(np.float32 if full else np.float16))
+    print(f"{target}: {len(lines):,} texts, {offsets[-1]:,} tokens")
+
+
+def check_target(target: str) -> None:
+    """Raises InputError if no file can be written at `target`, before anything is computed."""
+    folder = Path(target).absolute().parent
+    if not folder.is_dir():
+        raise InputError(f"{target} cannot be written: the folder {folder} is missing")
+    if Path(target).is_dir():
+        raise InputError(f"{target} cannot be written: it is a folder")
+
+
+def write_npz(target: str, offsets: np.ndarray, width: int, texts: Iterable[np.ndarray], dtype: np.dtype) -> None:
+    """Writes `target` with offsets (N + 1,) and vectors (3, tokens, width); text i has tokens offsets[i]:offsets[i + 1].
+
+    texts: one (3, tokens, width) array per text, in order. They are first written beside the target, layer by layer,
+    and packed at the end.
+    """
+    shape = (3, int(offsets[-1]), width)
+    with TemporaryDirectory(dir=Path(target).absolute().parent, prefix=".embed") as folder:
+        vectors = np.lib.format.open_memmap(f"{folder}/vectors.npy", mode="w+", dtype=dtype, shape=shape)
+        for begin, text in zip(offsets[:-1], texts, strict=True):
+            vectors[:, begin:begin + text.shape[1]] = text
+        vectors.flush()
+        np.save(f"{folder}/offsets.npy", offsets)
+
+        def pack(file: BinaryIO) -> None:
+            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+                for name in ("offsets.npy", "vectors.npy"):
+                    archive.write(f"{folder}/{name}", name)
+        write_atomically(target, pack)

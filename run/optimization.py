@@ -1,0 +1,88 @@
+"""Optimizers with one schedule and one limit for the gradient, dropout masks, and moving averages of weights."""
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+WARMUP = 0.03       # share of the steps in which the learning rate rises
+
+
+def learning_rate_share(step: int, steps: int) -> float:
+    """Share of the highest learning rate: it rises linearly during the warm-up and falls as a cosine to 1 %."""
+    cosine = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps))
+    return min((step + 1) / max(1.0, WARMUP * steps), cosine)
+
+
+def clip_gradients(weights: Iterable[nn.Parameter], max_norm: float) -> float:
+    """Scales the whole gradient of some weights to a norm of at most `max_norm`; returns the norm before.
+
+    `nn.utils.clip_grad_norm_` refuses sparse gradients. The norm of a coalesced one is the norm of its values.
+    """
+    gradients = []
+    for weight in weights:
+        if weight.grad is None:
+            continue
+        if weight.grad.is_sparse:
+            weight.grad = weight.grad.coalesce()
+            gradients.append(weight.grad.values())
+        else:
+            gradients.append(weight.grad)
+    norm = nn.utils.get_total_norm(gradients)
+    scale = (max_norm / norm.clamp(min=1e-12)).clamp(max=1)
+    for gradient in gradients:
+        gradient.mul_(scale)
+    return float(norm)
+
+
+class Optimizers:
+    """AdamW for weights with dense gradients and SparseAdam for weights with sparse ones, with one schedule.
+
+    dense, sparse: lists of `group(..)`. SparseAdam updates only the rows of a table that a step used.
+    """
+
+    def __init__(self, dense: list[dict], sparse: list[dict], betas: tuple[float, float]):
+        self.optimizers = [torch.optim.AdamW(dense, betas=betas, fused=True)]
+        if sparse:
+            sparse_groups = [{key: value for key, value in group.items() if key != "weight_decay"} for group in sparse]
+            self.optimizers.append(torch.optim.SparseAdam(sparse_groups, betas=betas))
+        self.groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def freeze(self, done: float) -> None:
+        """Removes the gradients of all groups that start to learn later than at the share `done` of the steps."""
+        for group in self.groups:
+            if done < group["start"]:
+                for weight in group["params"]:
+                    weight.grad = None
+
+    def step(self, share: float) -> None:
+        """Updates the weights with this share of the highest learning rates, and removes the gradients."""
+        for group in self.groups:
+            group["lr"] = group["highest_lr"] * share
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def state_dict(self) -> list[dict]:
+        return [optimizer.state_dict() for optimizer in self.optimizers]
+
+    def load_state_dict(self, state: list[dict]) -> None:
+        for optimizer, saved in zip(self.optimizers, state, strict=True):
+            optimizer.load_state_dict(saved)
+
+
+def group(weights: list[nn.Parameter], highest_lr: float, weight_decay: float = 0.0, start: float = 0.0) -> dict:
+    """Weights with the same learning rate; start: share of the steps before they begin to learn."""
+    return {"params": weights, "lr": highest_lr, "highest_lr": highest_lr, "weight_decay": weight_decay, "start": start}
+
+
+def dropout_mask(p: float, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """A mask that is 0 with probability p and 1 / (1 - p) otherwise, so that the expected value stays the same."""
+    return torch.empty(shape).bernoulli_(1 - p, generator=generator).div_(1 - p)
+
+
+def moving_average(decay: float) -> Callable:
+    """The rule for torch.optim.swa_utils.AveragedModel: d average + (1 - d) new; d rises to `decay` at first."""
+    def update(average: Tensor, new: Tensor, count: Tensor) -> Tensor:
+        return average.lerp(new, 1 - min(decay, float(count) / (float(count) + 9)))
+    return update
