@@ -18,6 +18,7 @@ E sampled words, H cells of an LSTM, P width of x and of every layer's output, D
     torchrun --nproc_per_node=2 ELMO.py             the same run, each batch shared by two processes
 """
 import math
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -135,9 +136,8 @@ class BiLM(nn.Module):
             self.characters = CharacterCNN(config.width)
         elif not config.tied:
             self.register_buffer("static", INITIAL_STD * torch.randn(vocabulary_size, config.width))
-        # The names in the file are forward.0.weight_ih_l0 and so on. `self.forward` is taken by nn.Module.
-        self._modules["forward"] = lstm_layers(config)
-        self._modules["backward"] = lstm_layers(config)
+        self.forward_lstms = lstm_layers(config)
+        self.backward_lstms = lstm_layers(config)
         self.set_trainable()
 
     def set_trainable(self) -> "BiLM":
@@ -151,7 +151,7 @@ class BiLM(nn.Module):
 
     def lstms(self, d: int) -> nn.ModuleList:
         """The layers of direction d: 0 forward, 1 backward."""
-        return self._modules[DIRECTIONS[d]]
+        return self.forward_lstms if d == 0 else self.backward_lstms
 
     def lstm_weights(self, d: int) -> list[nn.Parameter]:
         """The weights that learn in the LSTMs of direction d."""
@@ -252,7 +252,7 @@ def score_batch(model: BiLM, encoded: Encoded, dtype: torch.dtype, details: bool
             gold = y[d, t, b].to(device)
             h = model.states(d, x[d])[-1][t, b]                                 # (N, P)
             scores = metrics.full_softmax_nll(h, gold, model.table, model.bias, details)
-            directions.append((rows[b], *(values.cpu().numpy() for values in scores)))
+            directions.append((rows[b.numpy()], *(values.cpu().numpy() for values in scores)))
     return directions
 
 
@@ -465,7 +465,8 @@ class ELMo:
         config = Config(**options)
         with torch.device("meta"):              # takes no memory for the sizes that a file claims
             model = BiLM(config, len(words))
-        model.load_state_dict({name: value.float() for name, value in weights.items()}, assign=True)
+        model.load_state_dict({re.sub(r"^(forward|backward)\.", r"\1_lstms.", name): value.float()
+                               for name, value in weights.items()}, assign=True)
         return cls(config, Vocabulary(words), model.to(device))
 
     @classmethod
@@ -496,7 +497,7 @@ class ELMo:
 
     def weights(self) -> dict[str, Tensor]:
         """The weights in half precision: {"table": .., "bias": .., "forward.0.weight_ih_l0": .., ..}."""
-        return {name: value.cpu().half() for name, value in self.model.state_dict().items()}
+        return {name.replace("_lstms.", "."): value.cpu().half() for name, value in self.model.state_dict().items()}
 
     def tokenize(self, text: str) -> list[str]:
         """["oil", "prices", "fall", "."] for "Oil prices fall."."""

@@ -265,7 +265,7 @@ class Learner:
             return group([weight], self.config.mix_lr)
         if name.startswith("head"):
             return group([weight], self.config.lr, self.config.weight_decay)
-        layer = re.search(r"\.(\d)\.", name)                   # bilm.forward.1.weight_ih_l0: layer 1 of 0 and 1
+        layer = re.search(r"\.(\d)\.", name)                   # bilm.forward_lstms.1.weight_ih_l0: layer 1
         depth = ELMO.LAYERS - 1 - int(layer[1]) if layer else ELMO.LAYERS                   # 0 for the top layer
         return group([weight], self.config.bilm_lr / LAYER_DECAY ** depth, start=self.config.unfreeze * (depth + 1))
 

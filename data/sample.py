@@ -13,9 +13,7 @@ meant: civil court, indoor court; solar cell, federal cell.
 `python data/sample.py --out DIR --rows 8000` writes DIR/train.csv and DIR/test.csv; `--limits` prints what is known.
 """
 import argparse
-import csv
 import json
-import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
@@ -25,7 +23,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-class_names = ("World", "Sports", "Business", "Sci/Tech")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # for `python data/sample.py`
+
+from run.files import write_atomically
+from run.options import Parser, script
+
+CLASSES = 4
 SUBJECT = (0.95, 0.02, 0.015)       # share of clauses whose subject is of the own class, its mate, each of the others
 MODIFIER = (0.70, 0.20, 0.05)       # share of noun phrases of the own class, its mate, each of the others: weaker
 CHUNK = 2_000       # rows that are drawn from one seed, so that row i is the same however many rows are drawn
@@ -116,24 +119,28 @@ def source() -> Source:
     number = {name: k for k, name in enumerate([*table, "done"])}
     arcs = []
     target = []
-    chances = []
     pieces = []
-    steps = [[] for _ in class_names]
-    for slot, ways in enumerate(table.values()):
-        arcs.append({})
-        first = len(target)
+    chances = []                                # (slots,) of (arcs of the slot, 4)
+    for ways in table.values():
+        of_slot = {}
+        of_words = []
         for share, words, following in ways:
             weights = 1 / (10 + np.arange(len(words)))
             for word, weight in zip(words, weights / weights.sum(), strict=True):
-                arcs[slot][word] = len(target), number[following]
+                of_slot[word] = len(target), number[following]
                 target.append(number[following])
-                chances.append(np.broadcast_to(share * weight, 4))
                 pieces.append(f" {word}" if word != END else END)
-        for c, step in enumerate(steps):
+                of_words.append(np.broadcast_to(share * weight, CLASSES))
+        arcs.append(of_slot)
+        chances.append(np.array(of_words))
+    steps = []
+    for c in range(CLASSES):
+        for slot, of_words in enumerate(chances):
             low = 2 * (c * len(number) + slot)
-            step.extend(low + np.cumsum([chance[c] for chance in chances[first:-1]]))
-            step.append(low + 1.5)      # not 1: rounding must not reach the next slot
-    return Source(number, arcs, np.array(target), np.log(chances), np.array(pieces, object), np.concatenate(steps))
+            steps.append(low + np.cumsum(of_words[:, c]))
+            steps[-1][-1] = low + 1.5           # not 1: rounding must not reach the next slot
+    logs = np.log(np.concatenate(chances))
+    return Source(number, arcs, np.array(target), logs, np.array(pieces, object), np.concatenate(steps))
 
 
 # ------------------------------------------------------------------------------------------------- generating
@@ -155,17 +162,18 @@ def walk(rng: np.random.Generator, label: np.ndarray, begin: str, end: str) -> l
     return [row[1:] for row in text]
 
 
+def stream_chunks(seed: int, stream: int) -> Iterator[Iterable[tuple[int, str, str]]]:
+    """The rows of `stream_rows` in chunks, without end."""
+    for chunk in count():
+        rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, stream, chunk))))
+        label = (CLASSES * rng.random(CHUNK)).astype(np.int64)
+        titles = [title.title() for title in walk(rng, label, "modifier", "after noun")]
+        yield zip((label + 1).tolist(), titles, walk(rng, label, "start", "done"), strict=True)
+
+
 def stream_rows(rows: int, seed: int, stream: int) -> Iterator[tuple[int, str, str]]:
     """generate(), from one of the streams of a seed: 0 for training, 1 for test."""
-    if rows < 0 or seed < 0:
-        raise ValueError(f"rows is {rows} and seed {seed}; expected whole numbers from 0 on")
-    def chunks() -> Iterator[Iterable[tuple[int, str, str]]]:
-        for chunk in count():
-            rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, stream, chunk))))
-            label = (4 * rng.random(CHUNK)).astype(np.int64)
-            titles = [title.title() for title in walk(rng, label, "modifier", "after noun")]
-            yield zip((label + 1).tolist(), titles, walk(rng, label, "start", "done"), strict=True)
-    return islice(chain.from_iterable(chunks()), rows)
+    return islice(chain.from_iterable(stream_chunks(seed, stream)), rows)
 
 
 def generate(rows: int, seed: int = 0) -> Iterator[tuple[int, str, str]]:
@@ -174,29 +182,28 @@ def generate(rows: int, seed: int = 0) -> Iterator[tuple[int, str, str]]:
         next(generate(1))
         (3, 'Magnetic Charge', 'insiders noted that the grocer funded the militia after the annual charge .')
 
-    The title is one more noun phrase of the class; nll, posteriors and limits are about the description only.
+    The title is one more noun phrase of the class; nll_batch, posterior and limits are about the description only.
     """
     return stream_rows(rows, seed, stream=0)
 
 
 # ---------------------------------------------------------------------------------------------------- scoring
 def class_logs(descriptions: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
-    """(rows, 4) log p(description, end | class), and (rows,) tokens, end symbol included; ValueError as in nll."""
+    """(rows, 4) log p(description, end | class), and (rows,) tokens, end symbol included.
+
+    Raises KeyError for a description that the source cannot write.
+    """
     machine = source()
     path = []
     tokens = []
     for description in descriptions:
         words = [*description.split(), END]
         slot = machine.slots["start"]
-        for k, word in enumerate(words):
-            if word not in machine.arcs[slot]:
-                raise ValueError(f"the source cannot write {word or 'the end'!r} as token {k + 1} of {description!r}")
+        for word in words:
             arc, slot = machine.arcs[slot][word]
             path.append(arc)
         tokens.append(len(words))
-    if not tokens:
-        return np.zeros((0, 4)), np.zeros(0, dtype=int)
-    starts = np.cumsum([0, *tokens])[:-1]
+    starts = np.cumsum([0, *tokens[:-1]])
     return np.add.reduceat(machine.logs[path], starts), np.array(tokens)
 
 
@@ -211,11 +218,11 @@ def bag_logs(descriptions: Iterable[str]) -> np.ndarray:
         evidence |= dict.fromkeys(MODIFIERS[group], np.log(modifier[group]))
     rows = []
     for description in descriptions:
-        row = np.zeros(4)
+        row = np.zeros(CLASSES)
         for word in description.split():
             row += evidence.get(word, 0)
         rows.append(row)
-    return np.array(rows).reshape(-1, 4)
+    return np.array(rows)
 
 
 def bayes(logs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -226,115 +233,82 @@ def bayes(logs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return weights / total, (np.log(4) - top - np.log(total))[:, 0]
 
 
-def nll(description: str) -> float:
-    """-log p(tokens, end) in nats under the source, the class unknown. No language model has a lower expectation.
+def nll_batch(descriptions: Iterable[str]) -> np.ndarray:
+    """(rows,) -log p(tokens, end) in nats under the source, the class unknown; no model has a lower expectation.
 
     It bounds both directions: the joint probability is the product of the next-token probabilities, read forward with
     </s> predicted last as well as backward with <s> predicted last. A mean that is clearly lower shows a leak.
-    Raises ValueError for a text that the source cannot write.
     """
-    return float(nll_batch([description])[0])
-
-
-def nll_batch(descriptions: Iterable[str]) -> np.ndarray:
-    """(rows,) nll() of each description."""
-    return bayes(class_logs(descriptions)[0])[1]
+    logs, _ = class_logs(descriptions)
+    _, row_nll = bayes(logs)
+    return row_nll
 
 
 def posterior(description: str) -> np.ndarray:
     """(4,) p(class | description): no classifier is right more often than its largest entry."""
-    return bayes(class_logs([description])[0])[0][0]
+    logs, _ = class_logs([description])
+    posteriors, _ = bayes(logs)
+    return posteriors[0]
 
 
 def bag_posterior(description: str) -> np.ndarray:
     """(4,) p(class | the words in any order): exact, and the same for every order of the words.
 
-    p(row | class) is base(row), which does not depend on the class, times the share of each modifier's group, times the
-    share of each clause's subject group, written as share(pair) * share(who acts | pair). Modifiers and verbs occur in
-    no other slot and a verb names its pair, so all rows of one bag have the same shares of groups and pairs. They
-    differ in who acts. Exchanging the two actors of a clause changes neither bag nor base, so the bag's rows form sets
-    of 2^clauses, over which base * product of share(who acts | pair) sums to base, for every class. So p(bag | class)
-    is a constant of the bag times the shares that verbs and modifiers show.
+    Verbs show the pair and modifiers the class. Who acts adds nothing: exchanging the two actors of a clause leaves the
+    bag as it is, and over the 2^clauses rows made in this way the shares of who acts sum to the same for every class.
 
         the court sued the bank over the civil trial .    World and Business 0.78 : 0.22, by "civil" alone
     """
-    return bayes(bag_logs([description]))[0][0]
+    posteriors, _ = bayes(bag_logs([description]))
+    return posteriors[0]
 
 
 def limits(rows: int = 20_000, seed: int = 1_000_003) -> dict[str, float | int]:
-    """What the best language model and the best classifiers reach, as means over rows with their standard errors.
+    """What the best language model and the best classifiers reach, as means over rows.
 
     nll_per_token and perplexity count the end symbol. An accuracy is the mean of the largest posterior, which has less
     noise than counting hits: sequence_accuracy if the order of the words is known, bag_accuracy if it is not.
     """
-    if rows < 2:
-        raise ValueError(f"rows is {rows}; a standard error needs at least 2")
     descriptions = [description for _, _, description in generate(rows, seed)]
     logs, tokens = class_logs(descriptions)
     posteriors, row_nll = bayes(logs)
     bag_posteriors, _ = bayes(bag_logs(descriptions))
     per_token = row_nll.sum() / tokens.sum()
-    error = (row_nll - per_token * tokens).std() / tokens.mean() / rows ** 0.5
     words = set().union(*source().arcs) - {END}
-    found = {"vocabulary": len(words), "tokens_per_row": tokens.mean(),
-             "nll_per_token": per_token, "nll_per_token_error": error,
-             "perplexity": np.exp(per_token), "perplexity_error": np.exp(per_token) * error}
-    for name, p in (("sequence", posteriors), ("bag", bag_posteriors)):
-        best = p.max(axis=1)
-        found[f"{name}_accuracy"] = best.mean()
-        found[f"{name}_accuracy_error"] = best.std() / rows ** 0.5
-    return {"rows": rows, "seed": seed} | {name: np.asarray(value).item() for name, value in found.items()}
+    return {"rows": rows, "seed": seed, "vocabulary": len(words), "tokens_per_row": float(tokens.mean()),
+            "nll_per_token": float(per_token), "perplexity": float(np.exp(per_token)),
+            "sequence_accuracy": float(posteriors.max(axis=1).mean()),
+            "bag_accuracy": float(bag_posteriors.max(axis=1).mean())}
 
 
 # ---------------------------------------------------------------------------------------------------- writing
 def write(folder: str | Path, rows: int, seed: int = 0, test_rows: int = 1_000) -> None:
-    """folder/train.csv and folder/test.csv in AG News's layout: no header, "3","Title","Description"; streamed.
-
-    Both are written to temporary files, which take the names when both are complete: a kill leaves no half corpus.
-    """
-    streams = [stream_rows(rows, seed, stream=0), stream_rows(test_rows, seed, stream=1)]
-    paths = [Path(folder) / "train.csv", Path(folder) / "test.csv"]
-    parts = [path.with_name(f".{path.name}.part") for path in paths]
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    try:
-        for part, stream in zip(parts, streams, strict=True):
-            with open(part, "w", encoding="utf-8", newline="") as file:
-                csv.writer(file, quoting=csv.QUOTE_ALL, lineterminator="\n").writerows(stream)
-                file.flush()
-                os.fsync(file.fileno())
-        for part, path in zip(parts, paths, strict=True):
-            os.replace(part, path)
-    finally:
-        for part in parts:
-            part.unlink(missing_ok=True)
+    """folder/train.csv and folder/test.csv in AG News's layout: no header, "3","Title","Description"; streamed."""
+    write_csv(Path(folder) / "train.csv", stream_rows(rows, seed, stream=0))
+    write_csv(Path(folder) / "test.csv", stream_rows(test_rows, seed, stream=1))
 
 
-def whole(text: str) -> int:
-    """The number of an option."""
-    if not (text.isascii() and text.isdigit() and len(text) <= 10):
-        raise argparse.ArgumentTypeError(f"expected a whole number of at most 10 digits, got {text!r}")
-    return int(text)
+def write_csv(path: Path, rows: Iterable[tuple[int, str, str]]) -> None:
+    lines = (f'"{label}","{title}","{description}"\n'.encode() for label, title, description in rows)
+    write_atomically(path, lambda file: file.writelines(lines))
 
 
-def main() -> int:
+@script("sample.py")
+def main(argv: Sequence[str] | None = None) -> int:
     """Writes the corpus, prints its limits as JSON, or both."""
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__,     # so that an error is one line
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", metavar="DIR", help="folder for train.csv and test.csv")
-    parser.add_argument("--rows", type=whole, default=8_000, help="rows of train.csv (default %(default)s)")
-    parser.add_argument("--test-rows", type=whole, default=1_000, help="rows of test.csv (default %(default)s)")
-    parser.add_argument("--seed", type=whole, default=0, help="default %(default)s")
+    parser.add_argument("--rows", type=int, default=8_000, help="rows of train.csv (default %(default)s)")
+    parser.add_argument("--test-rows", type=int, default=1_000, help="rows of test.csv (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
     parser.add_argument("--limits", action="store_true", help="print entropy and best accuracies")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if not (options.out or options.limits):
         parser.error("say where to write with --out DIR, or ask for --limits")
-    if not (options.rows and options.test_rows):
-        parser.error("--rows and --test-rows must be at least 1")
-    try:
-        if options.out:
-            write(options.out, options.rows, options.seed, options.test_rows)
-    except OSError as error:
-        parser.error(f"{options.out}: cannot be written ({error.strerror}); free space or choose another --out")
+    if min(options.rows - 1, options.test_rows - 1, options.seed) < 0:
+        parser.error("--rows and --test-rows must be at least 1, --seed at least 0")
+    if options.out:
+        write(options.out, options.rows, options.seed, options.test_rows)
     if options.limits:
         print(json.dumps(limits(), indent=1))
     return 0

@@ -212,5 +212,7 @@ def versions() -> dict:
 
 def provenance(device: torch.device, seconds: float) -> dict:
     """How the numbers of a JSON file were made; seconds: from command to file."""
-    return {"command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "versions": versions(),
+    program = Path(sys.argv[0]).resolve()
+    name = f"report/{program.name}" if program.parent.name == "report" else program.name
+    return {"command": " ".join(["python", name, *sys.argv[1:]]), "versions": versions(),
             "machine": describe(device), "minutes": seconds / 60, "peak_memory_gb": peak_memory_gb()}

@@ -10,13 +10,14 @@ import ELMO
 from data import sample
 
 ROOT = Path(__file__).resolve().parent.parent
+torch.set_num_threads(1)        # small models are not faster with more, and do not wait for a busy core
 SENTENCES = ["oil prices fall .", "the cat sat on the mat .", "he won the match today , said the coach .", "goal !"]
 
 
-def tiny(**knobs) -> ELMO.Config:
+def tiny(**options) -> ELMO.Config:
     """A model of a few thousand weights that trains in a second."""
     return ELMO.Config(**{"hidden": 12, "min_count": 1, "epochs": 3.0, "batch_tokens": 60, "negatives": 8,
-                          "lr": 0.01, "table_lr": 0.01, "log_every": 10_000} | knobs)
+                          "lr": 0.01, "table_lr": 0.01, "log_every": 10_000} | options)
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +27,7 @@ def elmo() -> ELMO.ELMo:
     torch.manual_seed(1)
     for parameter in model.model.parameters():
         parameter.data.mul_(2)
-    model.model.table.copy_(torch.randn_like(model.model.table))
+    model.model.table.data.copy_(torch.randn_like(model.model.table))
     return model
 
 
@@ -65,9 +66,9 @@ def ag_news() -> Path:
     return folder
 
 
-def encoded(sentences: list[str], **knobs) -> ELMO.Data:
+def encoded(sentences: list[str], **options) -> ELMO.Data:
     """Data of whitespace-ready sentences, all of them training rows."""
-    return ELMO.Data.of(sentences, tiny(**knobs), np.arange(len(sentences)), np.arange(0))
+    return ELMO.Data.of(sentences, tiny(**options), np.arange(len(sentences)), np.arange(0))
 
 
 def pytest_addoption(parser):
