@@ -477,9 +477,9 @@ class ELMo:
         if not texts:
             raise InputError("there is no text to train on; expected a list of strings")
         validation = min(config.validation, len(texts) // 10)
-        rows = split(len(texts), validation, config.seed) if validation else (np.arange(len(texts)), np.arange(0))
-        trainer = Trainer(config, Data.of(texts, config, *rows), torch.device(device or machine.default_device()))
-        return cls.from_run(train(trainer))
+        train_rows, validation_rows = split(len(texts), validation, config.seed)
+        data = Data.of(texts, config, train_rows, validation_rows)
+        return cls.from_run(train(Trainer(config, data, torch.device(device or machine.default_device()))))
 
     @classmethod
     def from_run(cls, run: Run) -> "ELMo":
@@ -517,7 +517,7 @@ class ELMo:
         precision: "fp32", or "bf16", which is faster if the hardware multiplies it and is computed in fp32 otherwise.
         """
         if isinstance(texts, str):
-            raise InputError("texts is one string; expected a list of strings, such as [text]")
+            check_texts(texts)
         if precision not in ("fp32", "bf16"):
             raise InputError(f"precision is {precision!r}; expected fp32 or bf16")
         fast = precision == "bf16" and machine.fast_bf16(self.device)
@@ -558,10 +558,7 @@ class ELMo:
         nll is summed over the tokens, end symbols included, in nats.
         """
         encoded = self.encode(texts)
-        scores = score_rows(self.model, encoded, np.arange(len(encoded.tokens)))
-        tokens = int(scores.tokens.sum())
-        return {name: {"nll": float(scores.nll[d].sum()), "tokens": tokens, "perplexity": scores.perplexity()[d]}
-                for d, name in enumerate(DIRECTIONS)}
+        return score_rows(self.model, encoded, np.arange(len(encoded.tokens))).totals()
 
 
 # ------------------------------------------------------------------------------------------------ publication

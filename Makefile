@@ -7,7 +7,7 @@ DEMO    = build/demo
 SMALL   = --hidden 96 --validation 800 --epochs 5 --batch-tokens 800 --negatives 400 --lr 0.006 --table-lr 0.006
 HEADS   = --hidden 32 --epochs 3 --batch-tokens 800 --lr 0.006 --dropout 0
 
-.PHONY: help setup demo test kills lint train tasks bench faults findings report clean
+.PHONY: help setup demo test lint train tasks bench faults findings report clean
 
 help:           ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:[^#]*## */\t/' | expand -t 12
@@ -30,14 +30,11 @@ lint: setup     ## ruff
 test: lint      ## lint, then the test suite
 	$(PY) -m pytest
 
-kills: setup    ## 20 SIGKILLs at random moments, each resumed, same weights bit for bit
-	$(PY) -m pytest tests/test_runs.py -k killed --kills 20
-
 train: setup    ## the published runs: AG News to models/*.pt and the baselines
 	$(PY) ELMO.py --resume
 	$(PY) classification.py --seeds 3 --resume
-	$(PY) classification.py --finetune --ngrams --seeds 3 --ensemble --resume
-	$(PY) classification.py --fields title+description --finetune --ngrams --seeds 2 --ensemble --resume
+	$(PY) classification.py --finetune --seeds 3 --resume
+	$(PY) classification.py --fields title+description --finetune --seeds 2 --resume
 	$(PY) report/baselines.py --seeds 3
 
 tasks: setup    ## SST and NLI on the published biLM; $SST_DIR and $NLI_DIR name their folders
@@ -46,7 +43,7 @@ tasks: setup    ## SST and NLI on the published biLM; $SST_DIR and $NLI_DIR name
 	$(PY) classification.py --task nli --adapt 1 --epochs 3
 
 faults: setup   ## kills, damage, wrong inputs, full disk: what the scripts survive, to models/faults.json
-	$(PY) report/faults.py
+	$(PY) tests/test_faults.py
 
 bench: setup    ## speed on this machine, to models/bench.json
 	$(PY) report/bench.py
@@ -54,9 +51,7 @@ bench: setup    ## speed on this machine, to models/bench.json
 findings: setup ## the paper's findings on the published biLM, to models/findings.json; under 90 minutes
 	$(PY) report/findings.py
 
-report: setup   ## figures, README tables, report.pdf and the notebook's outputs from the committed files
-	$(PY) report/figures.py
-	$(PY) report/readme.py
+report: setup   ## figures, the README's results, report.pdf and the notebook's outputs from the committed files
 	$(PY) report/build.py
 
 clean:          ## everything that a command can make again

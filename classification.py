@@ -9,7 +9,7 @@
 A head is one classifier, of one setting and one seed. The biLM runs once per batch for all heads.
 
 Shapes: B texts of a batch, T words of the longest, J layers, D width of a layer, H cells of a head's LSTM, C classes,
-N rows that are classified (B, or B / 2 if a row is a pair of texts).
+N classified rows (B, or B / 2 if a row is a pair of texts).
 
     python classification.py                    AG News in three settings: models/classifier.pt, classification.json
     python classification.py --finetune         the biLM learns too: models/finetuned.pt
@@ -71,7 +71,7 @@ class Config:
     dropout: float = option(0.2, "share of units dropped from the mix and from the pooled text", max=0.95)
     smoothing: float = option(0.05, "label smoothing: share of the target spread over all classes", max=0.99)
     rows: int = option(0, "labelled training rows, drawn by the seed; 0: all")
-    validation: int = option(2000, "nli: training rows that are not trained on; ag_news takes those of the biLM")
+    validation: int = option(2000, "nli: rows that are not trained on; ag_news takes those of the biLM", min=1)
     epochs: float = option(2.0, "passes over the training rows", max=100_000)
     batch_tokens: int = option(3000, "positions (B x T) of a batch", min=1)
     lr: float = option(4e-3, "highest learning rate of the head", max=10)
@@ -193,12 +193,10 @@ class Head(nn.Module):
 
     def dropout_masks(self, B: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Masks of the pooled text (N, ..), drawn first because all settings share it, and of the mix (1, B, width)."""
-        p = self.config.dropout
         N = B // 2 if self.config.pair else B
-        device = self.out.weight.device
-        text = dropout_mask(p, (N, self.text_width), generator)
-        mix = dropout_mask(p, (1, B, self.width), generator)
-        return text.to(device), mix.to(device)
+        text = dropout_mask(self.config.dropout, (N, self.text_width), generator)
+        mix = dropout_mask(self.config.dropout, (1, B, self.width), generator)
+        return text.to(self.out.weight.device), mix.to(self.out.weight.device)
 
     def forward(self, layers: Tensor, lengths: Tensor, masks: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """(N, C) float32 logits of word vectors `layers` (J, T, B, D) of texts with `lengths` (B,) words.
@@ -336,7 +334,7 @@ class Trainer:
         for setting in config.settings:
             for name, seed in zip(self.names(setting), self.seeds, strict=True):
                 self.learners[name] = Learner(config, self.new_head(setting, classes, seed), seed, vectors)
-        self.workers = machine.Workers(min(2, len(self.learners)), self.device)
+        self.workers = machine.Workers(min(torch.get_num_threads(), len(self.learners)), self.device)
         self.model = nn.ModuleDict({name: learner.average.module for name, learner in self.learners.items()})
         self.start_epoch(0)
         self.per_epoch = len(self.batches)

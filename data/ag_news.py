@@ -152,8 +152,8 @@ def check_texts(texts: Sequence[str]) -> list[str]:
 # ------------------------------------------------------------------------------------------------------- rows
 def split(rows: int, validation: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Row numbers of training and validation, each sorted; the seed draws the validation rows."""
-    if not 0 < validation < rows:
-        raise InputError(f"validation is {validation} of {rows} rows; expected at least one row on either side")
+    if not 0 <= validation < rows:
+        raise InputError(f"validation is {validation} of {rows} rows; expected fewer, to leave some to train on")
     order = np.random.default_rng(seed).permutation(rows)
     return np.sort(order[validation:]), np.sort(order[:validation])
 

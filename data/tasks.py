@@ -61,8 +61,8 @@ class Task:
 
     def summary(self) -> str:
         """Name and rows, as a line to print."""
-        return (f"{self.name}: {len(self.train):,} training, {len(self.validation):,} validation, {len(self.test):,} test "
-                "rows")
+        return (f"{self.name}: {len(self.train):,} training, {len(self.validation):,} validation, "
+                f"{len(self.test):,} test rows")
 
     def with_labels(self, rows: int, seed: int) -> "Task":
         """The same task with only `rows` labelled training rows, drawn by the seed; `corpus` stays whole."""
@@ -113,7 +113,7 @@ class EncodedTexts:
         return sha.hexdigest()
 
     def sides(self, rows: np.ndarray) -> tuple[np.ndarray, torch.Tensor]:
-        """Rows of `encoded` for these rows of the task, for pairs the first texts and then the second; their lengths."""
+        """Rows of `encoded` for these rows of the task, and their lengths; for pairs all first texts come first."""
         if self.pair:
             rows = np.concatenate([rows, rows + len(self.lengths)])
         return rows, torch.from_numpy(self.words[rows])

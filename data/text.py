@@ -207,7 +207,7 @@ class Data:
                 f"vocabulary {len(self.words):,} words; <unk> is {unknown}")
 
     def fresh(self) -> dict[str, np.ndarray]:
-        """For AG News {"validation", "test"}: (rows,) bool, False for near copies of training rows; {} for other texts."""
+        """For AG News {"validation", "test"}: (rows,) bool, False for near copies of training rows; else {}."""
         if self.texts is None:
             return {}
         train, test = self.texts

@@ -11,7 +11,7 @@
 The runs are in build/baselines, and a finished one is not trained again. They are compared with the settings in the
 classification.json of --out if that is of the same biLM.
 
-baselines.json: command, config, versions, machine, minutes (of all runs), bilm (digest),
+baselines.json: command, versions, machine, minutes (of all runs), peak_memory_gb, config, bilm (digest),
 rows.{name}: seeds, validation and test {mean, std} of the accuracy over the seeds, fresh (the same on the fresh test
     rows), ensemble (accuracy of the seeds' mean probabilities on test rows), minutes,
     each {validation, test} (accuracy of each seed; not for tfidf, which is one model without a seed),
@@ -48,6 +48,7 @@ from run import machine
 from run.files import InputError, read_json, write_json
 from run.metrics import mcnemar, mean_and_std
 from run.options import script, script_arguments
+from run.progress import options_of_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 VECTORS = ("word2vec", "svd", "layer0", "layer2", "average", "untrained")
@@ -57,36 +58,24 @@ COMPARED = ("word2vec", "tfidf", "layer0")
 
 
 # ----------------------------------------------------------------------------------------------- word vectors
-class InputVectors:
-    """Layer 0 by itself: x, without the second copy that [x ; x] has. (1, T, B, P); the LSTMs do not run."""
+PARTS = {
+    "layer0": lambda layers: layers[:1, ..., :layers.shape[3] // 2],        # x, without its second copy in [x ; x]
+    "layer2": lambda layers: layers[2:],
+    "average": lambda layers: layers.mean(dim=0, keepdim=True)}
+
+
+class PartOfELMo(ELMoVectors):
+    """One of PARTS of the biLM's layers: (1, T, B, P) for layer 0, otherwise (1, T, B, 2P)."""
     layers = 1
 
-    def __init__(self, model: BiLM):
-        self.model = model
-        self.width = model.config.width
-        self.device = model.table.device
-
-    @torch.no_grad()
-    def __call__(self, encoded: Encoded, rows: np.ndarray, dtype: torch.dtype, map: Callable = map) -> Tensor:
-        ids, _ = collate(encoded, rows)
-        words = ids[0, 1:].to(self.device)                                  # (T, B), without <s>
-        return self.model.represent(words, encoded.chars)[None].to(dtype)
-
-
-class TopLayerVectors(ELMoVectors):
-    """Layer 2 of the biLM: (1, T, B, 2P)."""
-    layers = 1
+    def __init__(self, model: BiLM, kind: str):
+        super().__init__(model)
+        self.part = PARTS[kind]
+        if kind == "layer0":
+            self.width = model.config.width
 
     def __call__(self, encoded: Encoded, rows: np.ndarray, dtype: torch.dtype, map: Callable = map) -> Tensor:
-        return super().__call__(encoded, rows, dtype, map)[-1:]
-
-
-class AverageVectors(ELMoVectors):
-    """The plain average of the biLM's layers: (1, T, B, 2P)."""
-    layers = 1
-
-    def __call__(self, encoded: Encoded, rows: np.ndarray, dtype: torch.dtype, map: Callable = map) -> Tensor:
-        return super().__call__(encoded, rows, dtype, map).mean(dim=0, keepdim=True)
+        return self.part(super().__call__(encoded, rows, dtype, map))
 
 
 class StaticVectors:
@@ -106,18 +95,14 @@ class StaticVectors:
 
 def make_vectors(kind: str, config: Config, elmo: ELMo, task: Task):
     """The word vectors of one kind in VECTORS; static ones are made from the task's training texts."""
-    if kind == "layer0":
-        return InputVectors(elmo.model)
-    if kind == "layer2":
-        return TopLayerVectors(elmo.model)
-    if kind == "average":
-        return AverageVectors(elmo.model)
+    if kind in PARTS:
+        return PartOfELMo(elmo.model, kind)
     if kind == "untrained":
         return ELMoVectors(untrained(elmo, config.seed))
     encoded = elmo.encode(task.corpus)
     data = Data(elmo.words, encoded, np.arange(len(encoded.tokens)), np.arange(0))
     table = static_vectors(kind, data, config.seed)
-    return StaticVectors(torch.from_numpy(table).to(elmo.model.table.device))
+    return StaticVectors(torch.from_numpy(table).to(elmo.device))
 
 
 def untrained(elmo: ELMo, seed: int) -> BiLM:
@@ -125,7 +110,7 @@ def untrained(elmo: ELMo, seed: int) -> BiLM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = BiLM(elmo.config, len(elmo.words))
-    return model.requires_grad_(False).to(elmo.model.table.device)
+    return model.requires_grad_(False).to(elmo.device)
 
 
 def static_vectors(kind: str, data: Data, seed: int, width: int = STATIC_VECTORS["width"]) -> np.ndarray:
@@ -136,11 +121,10 @@ def static_vectors(kind: str, data: Data, seed: int, width: int = STATIC_VECTORS
     if kind == "svd":
         table = svd(data, width, seed)
     else:
-        found = word2vec(data, width, seed, sg=1, epochs=STATIC_VECTORS["passes"], window=STATIC_VECTORS["window"],
-                         negative=STATIC_VECTORS["negatives"])
+        vectors = word2vec(data, width, seed, sg=1, epochs=STATIC_VECTORS["passes"], window=STATIC_VECTORS["window"],
+                           negative=STATIC_VECTORS["negatives"])
         table = np.zeros((len(data.words), width), dtype=np.float32)
-        for word, vector in found.items():
-            table[word] = vector
+        table[list(vectors)] = list(vectors.values())
     return table / max(table.std(), 1e-12)
 
 
@@ -186,12 +170,11 @@ def count_words(corpus: Sequence[str]) -> dict[int, TfidfVectorizer]:
 
 
 def tfidf(task: Task, vectorizers: dict[int, TfidfVectorizer]) -> tuple[dict, np.ndarray]:
-    """(row, predictions on test rows) of the linear model that is best on the validation rows."""
+    """(row, predictions on test rows) of the linear model that is best on validation rows, the last of equal ones."""
     tried = {}
     for n, vectorizer in vectorizers.items():
-        train = vectorizer.transform(texts_of(task.train))
-        validation = vectorizer.transform(texts_of(task.validation))
-        test = vectorizer.transform(texts_of(task.test))
+        parts = [vectorizer.transform(texts_of(part)) for part in (task.train, task.validation, task.test)]
+        train, validation, test = parts
         for kind, C in LINEAR_MODELS:
             model = LinearSVC(C=C, random_state=0) if kind == "svm" else LogisticRegression(C=C, max_iter=200)
             model.fit(train, task.train.labels)
@@ -199,7 +182,7 @@ def tfidf(task: Task, vectorizers: dict[int, TfidfVectorizer]) -> tuple[dict, np
             name = f"{kind}, C {C:g}, 1-{n}-grams"
             tried[name] = accuracy
             print(f"TF-IDF {name}: {accuracy:.2%} of validation rows", flush=True)
-            if accuracy == max(tried.values()):                             # of equal ones the last
+            if accuracy == max(tried.values()):
                 predicted = model.predict(test)
     correct = predicted == task.test.labels
     numbers = {"tried": tried, "seeds": 1, "validation": mean_and_std([max(tried.values())]),
@@ -214,12 +197,12 @@ def row(result: dict, setting: str) -> tuple[dict, np.ndarray]:
     """(row, predictions on test rows) of one setting of a classification JSON."""
     numbers = result["settings"][setting]
     test = numbers["test"]
-    each = {part: [seed["accuracy"] for seed in numbers[part]["seeds"]] for part in ("validation", "test")}
-    fresh = test["fresh"]["accuracy"] if "fresh" in test else None
-    predicted = np.array(list(numbers["predictions"]), dtype=int)
-    return {"seeds": len(test["seeds"]), "validation": numbers["validation"]["accuracy"], "test": test["accuracy"],
-            "ensemble": test["ensemble"]["accuracy"], "fresh": fresh, "each": each,
-            "minutes": result["minutes"]}, predicted
+    found = {"seeds": len(test["seeds"]), "validation": numbers["validation"]["accuracy"], "test": test["accuracy"],
+             "ensemble": test["ensemble"]["accuracy"], "fresh": None, "minutes": result["minutes"]}
+    if "fresh" in test:
+        found["fresh"] = test["fresh"]["accuracy"]
+    found["each"] = {part: [seed["accuracy"] for seed in numbers[part]["seeds"]] for part in ("validation", "test")}
+    return found, np.array(list(numbers["predictions"]), dtype=int)
 
 
 def finished_run(path: Path, digest: str, rows: int, options: dict) -> dict | None:
@@ -242,40 +225,18 @@ def compare(found: dict[str, tuple[dict, np.ndarray]], gold: np.ndarray) -> dict
     return rows
 
 
-def table(rows: dict) -> str:
-    """Lines to print."""
-    lines = [f"{'accuracy':<12}{'validation':>11}{'test':>9}{'std':>9}{'fresh':>9}{'ensemble':>10}"
-             "   against word2vec, tfidf, layer0"]
-    for name, numbers in rows.items():
-        test = numbers["test"]
-        std = "-" if test["std"] is None else f"{test['std']:.2%}"
-        fresh = f"{numbers['fresh']['mean']:.2%}" if numbers["fresh"] else "-"
-        against = "; ".join(f"{test['difference']:+.2%} p {test['p']:.1e}" for test in numbers["against"].values())
-        lines.append(f"{name:<12}{numbers['validation']['mean']:>11.2%}{test['mean']:>9.2%}{std:>9}{fresh:>9}"
-                     f"{numbers['ensemble']:>10.2%}   {against}")
-    return "\n".join(lines)
-
-
 # ------------------------------------------------------------------------------------------------------- main
-def train_linear(task: Task) -> tuple[dict, np.ndarray]:
-    """`tfidf` on all labelled rows, with the minutes that it took."""
-    begin = time.perf_counter()
-    numbers, predicted = tfidf(task, count_words(task.corpus))
-    return numbers | {"minutes": (time.perf_counter() - begin) / 60}, predicted
-
-
 def train_head(kind: str, config: Config, options, elmo: ELMo, test_rows: int) -> dict | None:
     """The JSON of the head on one kind of vectors, trained if there is none yet; None if training was stopped."""
     config = replace(config, setting="trainable")
-    without_effect = ("log_every", "save_every", "track")                   # no number depends on these
-    wanted = {name: value for name, value in asdict(config).items() if name not in without_effect}
-    path = options.build / f"{kind}.json"
-    result = finished_run(path, elmo.digest, test_rows, wanted)
-    if result is not None:
-        return result
-    print(f"training the head on {kind}", flush=True)
-    classify(config, options.build, options.bilstm, options.resume, partial(make_vectors, kind), kind)
-    return finished_run(path, elmo.digest, test_rows, wanted)
+    file = options.build / f"{kind}.json"
+    find = partial(finished_run, file, elmo.digest, test_rows, options_of_weights(config))
+    result = find()
+    if result is None:
+        print(f"training the head on {kind}", flush=True)
+        classify(config, options.build, options.bilstm, options.resume, partial(make_vectors, kind), kind)
+        result = find()
+    return result
 
 
 @script("baselines.py")
@@ -290,7 +251,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                          "options out")
     elmo = ELMo.load(options.bilstm)
     task = read_task(config, elmo.config)
-    found = {"tfidf": train_linear(task)}
+    begin = time.perf_counter()
+    numbers, predicted = tfidf(task, count_words(task.corpus))
+    numbers["minutes"] = (time.perf_counter() - begin) / 60
+    found = {"tfidf": (numbers, predicted)}
     for kind in VECTORS:
         result = train_head(kind, config, options, elmo, len(task.test))
         if result is None:
@@ -301,12 +265,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if published is not None:
         found |= {setting: row(published, setting) for setting in published["settings"]}
     rows = compare(found, task.test.labels)
-    command = ["python", "report/baselines.py", *(sys.argv[1:] if argv is None else argv)]
-    write_json(options.out / "baselines.json", {
-        "command": " ".join(command), "config": asdict(config), "versions": machine.versions(),
-        "machine": machine.describe(torch.device(machine.default_device())), "minutes": minutes, "bilm": elmo.digest,
-        "rows": rows})
-    print(table(rows))
+    about = machine.provenance(torch.device(machine.default_device()), 60 * minutes)
+    write_json(options.out / "baselines.json", about | {"config": asdict(config), "bilm": elmo.digest, "rows": rows})
+    for name, numbers in rows.items():
+        print(f"{name:<12}{numbers['validation']['mean']:.2%} validation, {numbers['test']['mean']:.2%} test accuracy")
     return 0
 
 

@@ -19,7 +19,7 @@ order in the second one, after a warm-up that does not count. Ratios are taken w
     startup_seconds: `python ELMO.py --help`
     repeats [{number: value}, ..]; vocabulary (of the training), tokenized_rows, embedded_texts: sizes of the measures
     training_memory_gb: peak of this process after its first training steps; peak_memory_gb: at the end (800,000 words)
-    command, quick, config, versions, machine (with load_before, the load average at the start), seconds (of the bench)
+    command, quick, config, versions, machine, minutes (of the bench), load_before: the load average at the start
 """
 import os
 import subprocess
@@ -48,7 +48,7 @@ from data.batches import batches, collate
 from data.tasks import EncodedTexts, ag_news_part
 from data.text import PAD, UNK, Data, Encoded, Vocabulary, tokenize_texts
 from run.files import write_json
-from run.machine import autocast, compute_dtype, default_device, describe, keep_freed_memory, peak_memory_gb, versions
+from run.machine import autocast, compute_dtype, default_device, peak_memory_gb, provenance
 from run.options import script, script_arguments
 
 REPEATS = 3
@@ -254,7 +254,6 @@ def bench(config: ELMO.Config, seconds: float) -> dict:
     rows = data.texts[0] + data.texts[1]
     texts = data.texts[1][:TEXTS]
     on_host = interleaved([partial(tokenizing, rows), startup])     # first, while there is little memory to fork
-    keep_freed_memory()                                             # as a training run does
     trainers = {"tokens_per_second": ELMO.Trainer(config, data, device)}
     training_speed("warm-up", trainers["tokens_per_second"], seconds / 2)
     memory = peak_memory_gb()
@@ -287,9 +286,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config, options = script_arguments(argv, ELMO.Config, "bench.py", __doc__, ELMO.HERE / "models", {
         "--quick": {"action": "store_true", "help": "shorter measures, 3 minutes on two cores"}})
     result = bench(config, QUICK_SECONDS if options.quick else SECONDS)
-    result |= {"machine": describe(torch.device(default_device())) | {"load_before": load}, "versions": versions(),
-               "command": " ".join(["python", "report/bench.py", *sys.argv[1:]]), "quick": options.quick,
-               "config": asdict(config), "peak_memory_gb": peak_memory_gb(), "seconds": time.perf_counter() - begin}
+    result |= provenance(torch.device(default_device()), time.perf_counter() - begin)
+    result |= {"load_before": load, "quick": options.quick, "config": asdict(config)}
     write_json(options.out / "bench.json", result)
     for name in result["repeats"][0]:
         print(f"{name:<42}{result[name]:>14,.3f}")

@@ -4,11 +4,11 @@
     python report/findings.py --resume          go on after a stop: finished findings, and runs of `labels`, stay
     python report/findings.py --only senses     the named ones anew, the others as they are in the file
 
-findings.json: bilm (digest), and for each finding its command, minutes, versions, machine and
+findings.json: bilm (digest), and for each finding its command, versions, machine, minutes, peak_memory_gb and
     labels (figure 1 of the paper): static (baselines.STATIC_VECTORS), shares (% of the training rows), rows,
         chosen_on (validation rows by which weights, for tfidf hyperparameters, are chosen), measured (test rows),
         systems.{elmo, word2vec, tfidf}: for each share {test, validation}, the accuracies of the seeds. The last share
-        is that of classification.json and baselines.json. Below it each seed draws its own rows, for all systems
+        is that of baselines.json. Below it each seed draws its own rows, for all systems
     mixes (tables 2 and 3): rows, seeds, epochs, variants.{name}: {validation, test: {mean, std}, s: of the first seed}
     senses (section 5.3; the sense of a use is taken to be the class of its row): rule, pool, voters, uses, majority
         (share of the uses that have the word's most frequent class in its pool), layers (share whose nearest use in
@@ -33,13 +33,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from joblib import Memory
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.manifold import TSNE
 from torch import Tensor
@@ -57,7 +58,7 @@ from report.mixes import VARIANTS, ELMoAndWord2Vec, VariantConfig, VariantTraine
 from report.senses import MIN_USES, POOL, RULE, VOTERS, Uses, nearest_uses, sense_accuracy, uses_by_word
 from run import machine
 from run.files import InputError, read_json, write_json
-from run.metrics import mcnemar, mean_and_std
+from run.metrics import mcnemar, mean_and_std, validation_numbers
 from run.options import Parser, script
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,10 +114,9 @@ class Inputs:
 
 # ----------------------------------------------------------------------------- few labels (figure 1 of the paper)
 SEEDS = {0.1: 5, 0.3: 5, 1.0: 5, 3.0: 5, 10.0: 2, 30.0: 1}      # {% of the training rows that have labels: seeds}
-SHARES = (*SEEDS, 100.0)
 PARTS = ("test", "validation")
 EVALUATIONS = 3                                                 # of a run, on the validation rows
-RUNS = ROOT / "build" / "findings"                              # one JSON per finished run of `labels`
+RUNS = ROOT / "build" / "findings"                              # finished runs of `labels`
 
 
 def trained(config: Config, vectors, inputs: Inputs, trainer_class: type = Trainer) -> Trainer:
@@ -135,74 +135,54 @@ def trained(config: Config, vectors, inputs: Inputs, trainer_class: type = Train
 
 def accuracies(trainer: Trainer, texts: EncodedTexts) -> dict[str, list[float]]:
     """{setting: accuracy of each seed}."""
-    p = trainer.probabilities(texts)
-    accuracy = {name: float((values.argmax(dim=1) == texts.labels).double().mean()) for name, values in p.items()}
-    return {setting: [accuracy[f"{setting}-{seed}"] for seed in trainer.seeds] for setting in trainer.config.settings}
+    _, numbers = validation_numbers(trainer.probabilities(texts), texts.labels, trainer.config.settings)
+    return {setting: of_seeds["accuracy"] for setting, of_seeds in numbers.items()}
 
 
-def few_labels(inputs: Inputs, system: str, share: float, rows: int, seed: int) -> dict:
-    """{"test", "validation"}: accuracy of one system with so many labelled rows, drawn by the seed.
+def few_labels(inputs: Inputs, system: str, share: float, seed: int, recipe: str) -> dict:
+    """{"test", "validation"}: accuracy of one system with so many % of the labels, drawn by the seed; minutes.
 
-    The options are the same for ELMo and Word2Vec; they were chosen on validation rows with 1 % of the labels.
+    The options are the same for ELMo and Word2Vec; they were chosen on validation rows with 1 % of the labels. Results
+    are kept on disk, by the arguments but `inputs`; `recipe` names what else they depend on.
     """
+    begin = time.perf_counter()
+    rows = round(len(inputs.task.train) * share / 100)
     if system == "tfidf":
         task = replace(inputs.task.with_labels(rows, seed), validation=inputs.quarter)
         numbers, _ = tfidf(task, inputs.vectorizers)
-        return {part: numbers[part]["mean"] for part in PARTS}
-    config = Config(rows=rows, seed=seed, setting="trainable", epochs=2 * (100 / share) ** 0.4,
-                    batch_tokens=600 if share < 10 else 3000, log_every=10**9)
-    vectors = inputs.word2vec if system == "word2vec" else ELMoVectors(inputs.elmo.model)
-    trainer = trained(config, vectors, inputs)
-    return {part: accuracies(trainer, inputs.parts[part])["trainable"][0] for part in PARTS}
-
-
-def saved_run(name: str, recipe: str, run: Callable[[], dict]) -> dict:
-    """What `run` returns, with its minutes; read from a file if it was finished before by the same recipe."""
-    file = RUNS / f"{name}.json"
-    if file.exists():
-        with read_json(file) as saved:
-            if saved["recipe"] == recipe:
-                return saved
-    begin = time.perf_counter()
-    result = run()
-    result |= {"recipe": recipe, "minutes": (time.perf_counter() - begin) / 60}
-    write_json(file, result)
-    return result
-
-
-def all_labels(inputs: Inputs) -> dict[str, dict]:
-    """{system: {"test", "validation"}}: accuracies of the seeds with all labels, from the published files."""
-    elmo = inputs.published("classification")["settings"]["trainable"]
-    baselines = inputs.published("baselines")["rows"]
-    points = {"elmo": {}, "word2vec": baselines["word2vec"]["each"], "tfidf": {}}
-    for part in PARTS:
-        points["elmo"][part] = [seed["accuracy"] for seed in elmo[part]["seeds"]]
-        points["tfidf"][part] = [baselines["tfidf"][part]["mean"]]
-    return points
+        result = {part: numbers[part]["mean"] for part in PARTS}
+    else:
+        config = Config(rows=rows, seed=seed, setting="trainable", epochs=2 * (100 / share) ** 0.4,
+                        batch_tokens=600 if share < 10 else 3000, log_every=10**9)
+        vectors = inputs.word2vec if system == "word2vec" else ELMoVectors(inputs.elmo.model)
+        trainer = trained(config, vectors, inputs)
+        result = {part: accuracies(trainer, inputs.parts[part])["trainable"][0] for part in PARTS}
+    return result | {"minutes": (time.perf_counter() - begin) / 60}
 
 
 def labels(inputs: Inputs) -> dict:
     """Test accuracy of ELMo, Word2Vec and TF-IDF with few labelled rows; vectors and counts from all texts."""
-    last = all_labels(inputs)
     total = len(inputs.task.train)
     recipe = (f"{inputs.elmo.digest} {total} rows {machine.versions()} {Config()} {EVALUATIONS} {STATIC_VECTORS} "
               f"{LINEAR_MODELS}")
-    rows = [round(total * share / 100) for share in SHARES]
-    systems = {system: [] for system in last}
+    measure = Memory(RUNS, verbose=0).cache(few_labels, ignore=["inputs"])
+    baselines = inputs.published("baselines")["rows"]
+    with_all = {"elmo": baselines["trainable"]["each"], "word2vec": baselines["word2vec"]["each"],
+                "tfidf": {part: [baselines["tfidf"][part]["mean"]] for part in PARTS}}
+    systems = {system: [] for system in with_all}
     minutes = 0.0
-    for (share, seeds), n in zip(SEEDS.items(), rows, strict=False):
+    for share, seeds in SEEDS.items():
         for system, points in systems.items():
-            runs = []
-            for seed in range(seeds):
-                run = partial(few_labels, inputs, system, share, n, seed)
-                runs.append(saved_run(f"{system}-{share:g}-{seed}", recipe, run))
+            runs = [measure(inputs, system, share, seed, recipe) for seed in range(seeds)]
             minutes += sum(run["minutes"] for run in runs)
             points.append({part: [run[part] for run in runs] for part in PARTS})
             print(f"{share:g} % of the labels, {system}: {np.mean(points[-1]['test']):.2%}", flush=True)
     for system, points in systems.items():
-        points.append(last[system])
-    return {"shares": list(SHARES), "rows": rows, "chosen_on": len(inputs.quarter), "measured": len(inputs.task.test),
-            "static": STATIC_VECTORS, "systems": systems, "minutes": minutes}
+        points.append(with_all[system])
+    shares = [*SEEDS, 100.0]
+    return {"shares": shares, "rows": [round(total * share / 100) for share in shares],
+            "chosen_on": len(inputs.quarter), "measured": len(inputs.task.test), "static": STATIC_VECTORS,
+            "systems": systems, "minutes": minutes}
 
 
 # ---------------------------------------------------------------------------------------- mixes (tables 2 and 3)
@@ -213,11 +193,11 @@ def mixes(inputs: Inputs) -> dict:
     found = {part: accuracies(trainer, texts) for part, texts in inputs.parts.items()}
     variants = {}
     for name, variant in VARIANTS.items():
-        numbers = {part: mean_and_std(accuracy[name]) for part, accuracy in found.items()}
-        print(f"{name}: {numbers['test']['mean']:.2%}", flush=True)
+        variants[name] = {part: mean_and_std(accuracy[name]) for part, accuracy in found.items()}
+        print(f"{name}: {variants[name]['test']['mean']:.2%}", flush=True)
         mix = trainer.model[f"{name}-{config.seed}"]["head"].mix
         free = len(variant.layers) > 1 and not variant.word2vec
-        variants[name] = numbers | {"s": mix.w.softmax(dim=0).tolist() if free else None}
+        variants[name]["s"] = mix.w.softmax(dim=0).tolist() if free else None
     return {"rows": config.rows, "seeds": config.seeds, "epochs": config.epochs, "variants": variants}
 
 
@@ -291,32 +271,37 @@ def document_map(inputs: Inputs, rows: int = 2_000) -> dict:
             "same": same_class(average), "same_static": same_class(layers[0])}
 
 
+def replaced(elmo: ELMo, text: str, generator: np.random.Generator) -> tuple[list[str], int, list[str]]:
+    """(tokens of a text, position of one of them, the tokens with another word there)."""
+    tokens = elmo.tokenize(text)
+    k = int(generator.integers(len(tokens)))
+    new = "microsoft" if "iraq" in tokens else "iraq"
+    return tokens, k, [*tokens[:k], new, *tokens[k + 1:]]
+
+
 def leaks(inputs: Inputs, rows: int = 500) -> dict:
     """What changes if one word of a row becomes another: no forward state before it, no backward state after it."""
     elmo = inputs.elmo
-    P = elmo.model.config.width
     generator = np.random.default_rng(0)
     counts = dict.fromkeys(("rows", "changed", "moved_forward_before", "moved_backward_after"), 0)
     example = None
     texts = [text for text in texts_of(inputs.task.test) if len(elmo.tokenize(text)) >= 3]
     for i in generator.permutation(len(texts))[:rows]:
-        tokens = elmo.tokenize(texts[i])
-        k = int(generator.integers(len(tokens)))
-        new = "microsoft" if "iraq" in tokens else "iraq"
-        other = [*tokens[:k], new, *tokens[k + 1:]]
-        if elmo.tokenize(" ".join(tokens)) != tokens or elmo.tokenize(" ".join(other)) != other:
+        tokens, k, other = replaced(elmo, texts[i], generator)
+        if any(elmo.tokenize(" ".join(words)) != words for words in (tokens, other)):
             continue                            # tokens that would be cut in another way if spaces stood between them
-        before = elmo.embed([" ".join(tokens)])[0]
-        after = elmo.embed([" ".join(other)])[0]
-        moved = (before != after).unflatten(2, (2, P)).any(dim=3)               # (3, n, 2): layer, word, direction
+        before, = elmo.embed([" ".join(tokens)])                                # one by one: two rows of one product
+        after, = elmo.embed([" ".join(other)])                                  # may be rounded in two ways
+        difference = (before - after).unflatten(2, (2, -1))                     # (3, n, 2, P): layer, word, direction
+        moved = difference.ne(0).any(dim=3)                                     # (3, n, 2)
         counts["rows"] += 1
         counts["changed"] += int(moved[:, k].all())
         counts["moved_forward_before"] += int(moved[:, :k, 0].sum())
         counts["moved_backward_after"] += int(moved[:, k + 1:, 1].sum())
         if example is None and 12 <= len(tokens) <= 20 and 4 <= k < len(tokens) - 4:
-            change = (before - after)[1:].unflatten(2, (2, P)).norm(dim=3)      # (2, n, 2)
-            example = {"tokens": tokens, "changed_word": k, "new": new, "forward": change[..., 0].tolist(),
-                       "backward": change[..., 1].tolist()}
+            forward, backward = difference[1:].norm(dim=3).unbind(dim=2)        # (2, n) each
+            example = {"tokens": tokens, "changed_word": k, "new": other[k], "forward": forward.tolist(),
+                       "backward": backward.tolist()}
     return counts | {"example": example}
 
 
@@ -360,9 +345,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         begin = time.perf_counter()
         found = FINDINGS[name](inputs)
-        minutes = (time.perf_counter() - begin) / 60
-        about = {"command": f"python report/findings.py --only {name}", "versions": machine.versions(),
-                 "minutes": minutes, "machine": machine.describe(inputs.elmo.model.table.device)}
+        about = machine.provenance(inputs.elmo.device, time.perf_counter() - begin)
+        about["command"] = f"python report/findings.py --only {name}"
         result[name] = about | found
         write_json(file, result)
         print(f"{name}: {result[name]['minutes']:.1f} minutes", flush=True)

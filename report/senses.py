@@ -96,16 +96,13 @@ def find_uses(elmo: ELMo, part: Part, tokens: list[list[str]], words: Sequence[s
     stream = elmo.embed_stream(texts_of(part.take(in_order)), "bf16")
     for row, layers in zip(in_order, stream, strict=True):
         for word, k in places[row]:
-            unit = F.normalize(layers[:, k], dim=1)                         # (3, D)
-            vectors[word].append(unit.half().numpy())
+            unit = F.normalize(layers[:, k], dim=1).half()                  # (3, D)
+            vectors[word].append(unit.numpy())
             rows[word].append(row)
     uses = {}
     for word in words:
-        uses[word] = Uses(
-            vectors=np.stack(vectors[word]),
-            rows=np.array(rows[word]),
-            classes=part.labels[rows[word]],
-            tokens=[tokens[row] for row in rows[word]])
+        row_tokens = [tokens[row] for row in rows[word]]
+        uses[word] = Uses(np.stack(vectors[word]), np.array(rows[word]), part.labels[rows[word]], row_tokens)
     return uses
 
 
@@ -124,14 +121,9 @@ def uses_by_word(elmo: ELMo, task: Task, part: str, train_tokens: list[list[str]
 
 
 # --------------------------------------------------------------------------------------------------- nearest uses
-def share_words(a: list[str], b: list[str], n: int = COPIED_WORDS) -> bool:
-    """Whether two rows have n words in a row in common."""
-    return not grams(a, n).isdisjoint(grams(b, n))
-
-
-def grams(tokens: list[str], n: int) -> set[tuple[str, ...]]:
-    """All sequences of n tokens."""
-    return {tuple(tokens[i:i + n]) for i in range(len(tokens) - n + 1)}
+def grams(tokens: list[str]) -> set[tuple[str, ...]]:
+    """All sequences of COPIED_WORDS tokens."""
+    return {tuple(tokens[i:i + COPIED_WORDS]) for i in range(len(tokens) - COPIED_WORDS + 1)}
 
 
 def cosines(queries: Uses, pool: Uses, layer: int) -> np.ndarray:
@@ -146,16 +138,22 @@ def nearest(queries: Uses, pool: Uses, layer: int, count: int = 1) -> list[list[
     found = []
     orders = np.argsort(-cosines(queries, pool, layer)).tolist()
     for tokens, order in zip(queries.tokens, orders, strict=True):
-        originals = (i for i in order if not share_words(tokens, pool.tokens[i]))
+        copied = grams(tokens)
+        originals = (i for i in order if copied.isdisjoint(grams(pool.tokens[i])))
         found.append(list(islice(originals, count)) or order[:1])
     return found
 
 
 def correct_classes(queries: Uses, pool: Uses, layer: int) -> np.ndarray:
-    """(2, queries) bool: whether the nearest use has the query's class, and whether the VOTERS nearest vote for it.
+    """(2, queries): whether the nearest use has the query's class, and whether the VOTERS nearest vote for it.
 
-    A vote counts as much as its cosine.
+    A vote counts as much as its cosine. In layer 0 all uses are equally near: the nearest has the query's class with
+    the class's share in the pool, and the vote is for the most frequent class.
     """
+    if layer == 0:
+        expected = (pool.classes == queries.classes[:, None]).mean(axis=1)
+        majority = queries.classes == np.bincount(pool.classes).argmax()
+        return np.array([expected, majority])
     similar = cosines(queries, pool, layer)
     first = []
     votes = []
@@ -166,18 +164,6 @@ def correct_classes(queries: Uses, pool: Uses, layer: int) -> np.ndarray:
     return np.array([first, votes]) == queries.classes
 
 
-def correct_by_layer(queries: Uses, pool: Uses) -> np.ndarray:
-    """(3, 2, queries): `correct_classes` by each layer.
-
-    In layer 0 all uses are equally near: the nearest has the query's class with the class's share, the vote is for the
-    most frequent class.
-    """
-    expected = (pool.classes == queries.classes[:, None]).mean(axis=1)
-    majority = queries.classes == np.bincount(pool.classes).argmax()
-    layer_0 = np.array([expected, majority])
-    return np.stack([layer_0, correct_classes(queries, pool, 1), correct_classes(queries, pool, 2)])
-
-
 def sense_accuracy(uses: dict[str, tuple[Uses, Uses]]) -> dict:
     """How often a word's nearest uses have its class: words, uses, majority, layers, votes, interval of findings.json.
 
@@ -186,25 +172,21 @@ def sense_accuracy(uses: dict[str, tuple[Uses, Uses]]) -> dict:
     words = {}
     sums = []
     for word, (queries, pool) in uses.items():
-        correct = correct_by_layer(queries, pool)
-        nearest_share, vote_share = correct.mean(axis=2).T.tolist()
-        words[word] = {"uses": len(queries.rows), "majority": vote_share[0], "layers": nearest_share,
-                       "votes": vote_share}
+        by_layer = [correct_classes(queries, pool, layer) for layer in range(3)]
+        correct = np.stack(by_layer)                                        # (3, 2, queries)
+        layers, votes = correct.mean(axis=2).T.tolist()
+        words[word] = {"uses": len(queries.rows), "majority": votes[0], "layers": layers, "votes": votes}
         sums.append(correct.sum(axis=2))
     hits = np.array(sums)                                                   # (words, 3, 2)
     sizes = np.array([numbers["uses"] for numbers in words.values()])       # (words,)
     share = hits.sum(axis=0) / sizes.sum()                                  # (3, 2)
     layers, votes = share.T.tolist()
-    drawn = np.random.default_rng(0).integers(len(words), size=(2_000, len(words)))
+    generator = np.random.default_rng(0)
+    drawn = generator.integers(len(words), size=(2_000, len(words)))
     resampled = hits[drawn, :, 1].sum(axis=1) / sizes[drawn].sum(axis=1)[:, None]           # (2000, 3)
     interval = np.percentile(resampled, [2.5, 97.5], axis=0).T.tolist()
-    return {
-        "words": words,
-        "uses": int(sizes.sum()),
-        "majority": votes[0],
-        "layers": layers,
-        "votes": votes,
-        "interval": interval}
+    return {"words": words, "uses": int(sizes.sum()), "majority": votes[0],
+            "layers": layers, "votes": votes, "interval": interval}
 
 
 def nearest_uses(uses: dict[str, tuple[Uses, Uses]], elmo: ELMo, task: Task, shown: int = 4) -> list[dict]:
@@ -222,7 +204,7 @@ def nearest_uses(uses: dict[str, tuple[Uses, Uses]], elmo: ELMo, task: Task, sho
             near = pool.take(nearest(use, pool, layer=2)[0])
             pairs.append({
                 "text": task.test.texts[use.rows[0]][0],
-                "label": task.labels[use.classes[0]],
+                "label": task.labels[label],
                 "nearest": task.train.texts[near.rows[0]][0],
                 "nearest_label": task.labels[near.classes[0]],
                 "cosine": float(cosines(use, near, layer=2)[0, 0])})
@@ -234,5 +216,5 @@ def nearest_words(word: str, elmo: ELMo, count: int = 6) -> list[str]:
     """The words whose rows of the word table are nearest by cosine."""
     table = F.normalize(elmo.model.table, dim=1)
     similar = table @ table[elmo.words.index[word]]                         # (V,)
-    nearest_first = similar.argsort(descending=True)
-    return [elmo.words.words[i] for i in nearest_first[1:count + 1].tolist()]
+    found = similar.topk(count + 1).indices[1:]                             # without the word itself
+    return [elmo.words.words[i] for i in found]

@@ -31,7 +31,7 @@ def print_predictions(load: Callable, text: str, precision: str, as_json: bool) 
 def embed_file(load: Callable, source: str, target: str, precision: str, full: bool) -> None:
     """Writes the vectors of every line of `source` to the .npz file `target`: in float32 if `full`, else in float16.
 
-    `load()` returns the ELMo, after the file names are checked. precision: of the computation, "fp32", "bf16" or "auto".
+    `load()` returns the ELMo, after the file names are checked. precision: "fp32", "bf16" or "auto".
     """
     check_target(target)
     lines = read_lines(source)
@@ -53,7 +53,7 @@ def check_target(target: str) -> None:
 
 
 def write_npz(target: str, offsets: np.ndarray, width: int, texts: Iterable[np.ndarray], dtype: np.dtype) -> None:
-    """Writes `target` with offsets (N + 1,) and vectors (3, tokens, width); text i has tokens offsets[i]:offsets[i + 1].
+    """Writes offsets (N + 1,) and vectors (3, tokens, width); text i has tokens offsets[i]:offsets[i + 1].
 
     texts: one (3, tokens, width) array per text, in order. They are first written beside the target, layer by layer,
     and packed at the end.

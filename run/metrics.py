@@ -1,13 +1,17 @@
 """Metrics of language models and classifiers, from arrays; the dictionaries are parts of the JSON files in models/."""
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import torch
+import torch.nn.functional as F
 from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from torch import Tensor
 
+DIRECTIONS = ("forward", "backward")
 CALIBRATION_BINS = 15
 FREQUENT_WORDS = 25     # of the confusion matrix of words
 
@@ -39,8 +43,8 @@ class Scores:
     """How well both directions of a biLM predict the tokens of some rows, end symbols included.
 
     nll (2, rows): summed negative log-likelihood of each row, forward and backward; tokens (rows,): predicted tokens.
-    words, if they were asked for: for each direction (row, gold word, best word, rank) of every predicted token; rank is
-    the number of words with a higher logit than the gold word.
+    words, if they were asked for: for each direction (row, gold word, best word, rank) of every predicted token; rank
+    is the number of words with a higher logit than the gold word.
     """
     nll: np.ndarray
     tokens: np.ndarray
@@ -49,20 +53,27 @@ class Scores:
     @classmethod
     def of(cls, rows: np.ndarray, tokens: np.ndarray, batches: list) -> "Scores":
         """From ELMO.score_batch's results: for each batch and direction the arrays (row, nll, ..) of its tokens."""
-        place = {row: i for i, row in enumerate(rows.tolist())}
+        order = np.argsort(rows)
         nll = np.zeros((2, len(rows)))
         words = []
         for d, of_direction in enumerate(zip(*batches, strict=True)):
-            row, token_nll, *details = (np.concatenate(arrays) for arrays in zip(*of_direction, strict=True))
-            position = np.array([place[r] for r in row.tolist()], dtype=int)
-            nll[d] = np.bincount(position, weights=token_nll, minlength=len(rows))
-            if details:
-                words.append((position, *details))
+            columns = [np.concatenate(arrays) for arrays in zip(*of_direction, strict=True)]
+            position = order[np.searchsorted(rows, columns[0], sorter=order)]       # of a token's row in `rows`
+            nll[d] = np.bincount(position, weights=columns[1], minlength=len(rows))
+            if len(columns) > 2:
+                words.append((position, *columns[2:]))
         return cls(nll, tokens, words)
 
     def perplexity(self) -> list[float]:
         """exp(summed nll / summed tokens), forward and backward."""
         return np.exp(self.nll.sum(axis=1) / max(1, self.tokens.sum())).tolist()
+
+    def totals(self) -> dict:
+        """{"forward": {"nll" (summed), "tokens", "perplexity"}, "backward": ..} of all rows."""
+        totals = {}
+        for direction, nll, perplexity in zip(DIRECTIONS, self.nll, self.perplexity(), strict=True):
+            totals[direction] = {"nll": float(nll.sum()), "tokens": int(self.tokens.sum()), "perplexity": perplexity}
+        return totals
 
     def metrics(self, chosen: np.ndarray | None = None) -> dict:
         """rows, tokens, and for "forward" and "backward" the metrics of the `chosen` rows (bool), or of all rows."""
@@ -70,12 +81,14 @@ class Scores:
             chosen = np.ones(len(self.tokens), dtype=bool)
         tokens = int(self.tokens[chosen].sum())
         metrics = {"rows": int(chosen.sum()), "tokens": tokens}
-        for d, direction in enumerate(("forward", "backward")):
+        for d, direction in enumerate(DIRECTIONS):
             nll = float(self.nll[d, chosen].sum() / max(1, tokens))
-            metrics[direction] = {"nll": nll, "perplexity": float(np.exp(nll)), "bits_per_token": nll / float(np.log(2))}
+            of_direction = {"nll": nll, "perplexity": math.exp(nll), "bits_per_token": nll / math.log(2)}
             if self.words:
-                row, *words = self.words[d]
-                metrics[direction] |= word_metrics(*(values[chosen[row]] for values in words))
+                row, gold, best, rank = self.words[d]
+                inside = chosen[row]
+                of_direction |= word_metrics(gold[inside], best[inside], rank[inside])
+            metrics[direction] = of_direction
         return metrics
 
 
@@ -86,35 +99,46 @@ def word_metrics(gold: np.ndarray, best: np.ndarray, rank: np.ndarray) -> dict:
     """
     if len(gold) == 0:
         return {}
-    precision, recall, f1, _ = precision_recall_fscore_support(gold, best, labels=np.unique(gold), average="macro",
-                                                               zero_division=0)
-    return {"accuracy": float((gold == best).mean()), "top5_accuracy": float((rank < 5).mean()),
-            "macro_precision": float(precision), "macro_recall": float(recall), "macro_f1": float(f1)}
+    precision, recall, f1, _ = precision_recall_fscore_support(
+        gold, best, labels=np.unique(gold), average="macro", zero_division=0)
+    return {
+        "accuracy": float((gold == best).mean()),
+        "top5_accuracy": float((rank < 5).mean()),
+        "macro_precision": float(precision),
+        "macro_recall": float(recall),
+        "macro_f1": float(f1),
+    }
 
 
 def word_confusion(gold: np.ndarray, best: np.ndarray, words: Sequence[str]) -> dict:
     """{"words", "counts"}: rows gold, columns predicted, for the most frequent gold words and all others as one."""
     ids, counts = np.unique(gold, return_counts=True)
-    frequent = ids[np.argsort(-counts, kind="stable")[:FREQUENT_WORDS]]
-    place = np.full(len(words), len(frequent))
+    by_frequency = np.argsort(-counts, kind="stable")
+    frequent = ids[by_frequency[:FREQUENT_WORDS]]
+    place = np.full(len(words), len(frequent))              # row of a word in the matrix; the last row is "(other)"
     place[frequent] = np.arange(len(frequent))
     matrix = confusion_matrix(place[gold], place[best], labels=np.arange(len(frequent) + 1))
-    return {"words": [words[i] for i in frequent] + ["(other)"], "counts": matrix.tolist()}
+    names = [words[i] for i in frequent]
+    return {"words": [*names, "(other)"], "counts": matrix.tolist()}
 
 
 def perplexity_table(result: dict) -> str:
     """The perplexities of a pretraining.json as lines to print."""
-    unknown = ", ".join(f"{name} {share:.2%}" for name, share in result["unknown"].items())
-    lines = [f"vocabulary {result['vocabulary']:,}; <unk> {unknown}",
-             f"{'perplexity':<24}{'rows':>8}{'forward':>10}{'backward':>10}{'Kneser-Ney':>12}{'unigram':>10}"]
+    rows = []
     for name, part in result["splits"].items():
         for label, metrics in ((name, part), (f"{name}, fresh rows", part.get("fresh"))):
-            if metrics and metrics["rows"]:
-                values = (metrics["forward"]["perplexity"], metrics["backward"]["perplexity"],
-                          metrics["forward"].get("kneser_ney_perplexity", np.nan),
-                          metrics.get("unigram_perplexity", np.nan))
-                lines.append(f"{label:<24}{metrics['rows']:>8,}" + "{:>10.2f}{:>10.2f}{:>12.2f}{:>10.1f}".format(*values))
-    return "\n".join(lines)
+            if metrics is None:
+                continue
+            forward = metrics["forward"]
+            rows.append({
+                "perplexity": label,
+                "rows": metrics["rows"],
+                "forward": forward["perplexity"],
+                "backward": metrics["backward"]["perplexity"],
+                "Kneser-Ney": forward.get("kneser_ney_perplexity"),
+                "unigram": metrics.get("unigram_perplexity"),
+            })
+    return pd.DataFrame(rows).to_string(index=False, float_format="{:.2f}".format)
 
 
 # --------------------------------------------------------------------------------------------------- classifiers
@@ -126,16 +150,23 @@ def classification_metrics(p: np.ndarray, gold: np.ndarray, labels: Sequence[str
     class), confusion (counts; rows gold, columns predicted). A class that is never predicted has precision 0.
     """
     predicted = p.argmax(axis=1)
-    every_class = np.arange(len(labels))
-    scores = np.array(precision_recall_fscore_support(gold, predicted, labels=every_class, zero_division=0))    # (4, C)
+    classes = np.arange(len(labels))
     nll = -np.log(np.maximum(p[np.arange(len(gold)), gold], 1e-12))
-    metrics = {"rows": len(gold), "accuracy": float((predicted == gold).mean()), "nll": float(nll.mean()),
-               "calibration_error": calibration_error(p, gold)}
-    for name, values in zip(("precision", "recall", "f1"), scores, strict=False):
-        metrics[f"macro_{name}"] = float(values.mean())
-    metrics["classes"] = {label: dict(zip(("precision", "recall", "f1", "rows"), scores[:, c].tolist(), strict=True))
-                          for c, label in enumerate(labels)}
-    metrics["confusion"] = confusion_matrix(gold, predicted, labels=every_class).tolist()
+    metrics = {
+        "rows": len(gold),
+        "accuracy": float((predicted == gold).mean()),
+        "nll": float(nll.mean()),
+        "calibration_error": calibration_error(p, gold),
+    }
+    precision, recall, f1, rows = precision_recall_fscore_support(gold, predicted, labels=classes, zero_division=0)
+    metrics["macro_precision"] = float(precision.mean())
+    metrics["macro_recall"] = float(recall.mean())
+    metrics["macro_f1"] = float(f1.mean())
+    metrics["classes"] = {}
+    for c, label in enumerate(labels):
+        metrics["classes"][label] = {
+            "precision": float(precision[c]), "recall": float(recall[c]), "f1": float(f1[c]), "rows": int(rows[c])}
+    metrics["confusion"] = confusion_matrix(gold, predicted, labels=classes).tolist()
     return metrics
 
 
@@ -158,7 +189,7 @@ def over_seeds(p: np.ndarray, gold: np.ndarray, labels: Sequence[str], fresh: np
     """Metrics of S seeds' probabilities p (S, N, C).
 
     seeds: classification_metrics of each; ensemble: those of the seeds' mean probabilities; accuracy and macro_f1:
-    {mean, std} over the seeds; fresh: rows, accuracy, macro_f1 and ensemble {accuracy} of the rows where `fresh` is True.
+    {mean, std} over the seeds; fresh: rows, accuracy, macro_f1 and ensemble {accuracy} of the rows with `fresh`.
     """
     seeds = [classification_metrics(one_seed, gold, labels) for one_seed in p]
     result = {"seeds": seeds, "ensemble": classification_metrics(p.mean(axis=0), gold, labels),
@@ -178,16 +209,18 @@ def validation_numbers(p: dict[str, Tensor], gold: Tensor, settings: Sequence[st
     """
     numbers = {setting: {"loss": [], "accuracy": []} for setting in settings}
     losses = []
-    for name, probabilities in p.items():
+    for name, of_head in p.items():
         setting, _, _ = name.rpartition("-")
-        nll = -probabilities.gather(1, gold[:, None]).clamp(min=1e-12).log().mean()
-        losses.append(nll.item())
-        numbers[setting]["loss"].append(nll.item())
-        numbers[setting]["accuracy"].append((probabilities.argmax(dim=1) == gold).double().mean().item())
+        loss = F.nll_loss(of_head.clamp(min=1e-12).log(), gold).item()
+        losses.append(loss)
+        numbers[setting]["loss"].append(loss)
+        correct = of_head.argmax(dim=1) == gold
+        numbers[setting]["accuracy"].append(correct.double().mean().item())
     return float(np.mean(losses)), numbers
 
 
-def classification_numbers(p: dict, gold: dict, heads: list[str], labels: Sequence[str], fresh: np.ndarray | None) -> dict:
+def classification_numbers(p: dict, gold: dict, heads: list[str], labels: Sequence[str],
+                           fresh: np.ndarray | None) -> dict:
     """The numbers of one setting in a classification.json.
 
     p[part][head] (N, C) tensors for the heads of all seeds, gold[part] (N,), with the parts train, validation and test.
@@ -198,8 +231,10 @@ def classification_numbers(p: dict, gold: dict, heads: list[str], labels: Sequen
     for part in gold:
         of_seeds = np.stack([p[part][head].numpy() for head in heads])                          # (S, N, C)
         numbers[part] = over_seeds(of_seeds, gold[part], labels, fresh if part == "test" else None)
-    numbers["predictions"] = "".join(map(str, of_seeds.mean(axis=0).argmax(axis=1)))            # of the last part, test
-    numbers["best"] = int(np.argmax([seed["accuracy"] for seed in numbers["validation"]["seeds"]]))
+    predictions = of_seeds.mean(axis=0).argmax(axis=1)                                          # of the last part, test
+    numbers["predictions"] = "".join(str(c) for c in predictions)
+    validation = [seed["accuracy"] for seed in numbers["validation"]["seeds"]]
+    numbers["best"] = int(np.argmax(validation))
     return numbers
 
 
@@ -221,17 +256,20 @@ def mcnemar(correct: np.ndarray, other: np.ndarray) -> dict:
 
 def accuracy_table(result: dict) -> str:
     """Accuracies and layer weights of a classification.json as lines to print."""
-    lines = [f"{'accuracy':<12}{'train':>9}{'validation':>12}{'test':>9}{'std':>8}{'fresh rows':>12}{'macro-F1':>10}"
-             "   layer weights s, gamma"]
+    rows = []
     for setting, numbers in result["settings"].items():
         test = numbers["test"]
-        std = test["accuracy"]["std"]
-        cells = [f"{setting:<12}", f"{numbers['train']['accuracy']['mean']:>9.2%}",
-                 f"{numbers['validation']['accuracy']['mean']:>12.2%}", f"{test['accuracy']['mean']:>9.2%}",
-                 "       -" if std is None else f"{std:>8.2%}",
-                 f"{test['fresh']['accuracy']['mean']:>12.2%}" if "fresh" in test else f"{'-':>12}",
-                 f"{test['macro_f1']['mean']:>10.4f}   "]
-        mixes = [f"{' '.join(f'{weight:.2f}' for weight in s)}, {gamma:.2f}"
-                 for s, gamma in zip(numbers["s"], numbers["gamma"], strict=True)]
-        lines.append("".join(cells) + "; ".join(mixes))
-    return "\n".join(lines)
+        mixes = []
+        for s, gamma in zip(numbers["s"], numbers["gamma"], strict=True):
+            mixes.append(" ".join(f"{weight:.2f}" for weight in [*s, gamma]))
+        rows.append({
+            "accuracy": setting,
+            "train": numbers["train"]["accuracy"]["mean"],
+            "validation": numbers["validation"]["accuracy"]["mean"],
+            "test": test["accuracy"]["mean"],
+            "std": test["accuracy"]["std"],
+            "fresh rows": test["fresh"]["accuracy"]["mean"] if "fresh" in test else None,
+            "macro-F1": test["macro_f1"]["mean"],
+            "layer weights s, gamma": "; ".join(mixes),
+        })
+    return pd.DataFrame(rows).to_string(index=False, float_format="{:.4f}".format)

@@ -172,8 +172,8 @@ def perplexity(nll: Array, offsets: Array, rows: Array | slice = slice(None)) ->
 def add_perplexities(splits: dict, train: tuple[Array, Array], parts: dict, fresh: dict, vocabulary_size: int) -> None:
     """Adds unigram and Kneser-Ney perplexities to every part of `splits`, and to its "fresh" rows if it has them.
 
-    train, parts[name]: (ids, offsets); fresh[name]: (R,) bool; splits[name]: a part of pretraining.json. Nothing is added
-    if the training rows have more than MAX_TOKENS tokens, whose counts would not fit in memory.
+    train, parts[name]: (ids, offsets); fresh[name]: (R,) bool; splits[name]: a part of pretraining.json. Nothing is
+    added if the training rows have more than MAX_TOKENS tokens, whose counts would not fit in memory.
     """
     if len(train[0]) > MAX_TOKENS:
         return

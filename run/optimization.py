@@ -46,7 +46,14 @@ class Optimizers:
         if sparse:
             sparse_groups = [{key: value for key, value in group.items() if key != "weight_decay"} for group in sparse]
             self.optimizers.append(torch.optim.SparseAdam(sparse_groups, betas=betas))
-        self.groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    @property
+    def groups(self) -> list[dict]:
+        """The groups of all optimizers; `load_state_dict` makes new ones."""
+        groups = []
+        for optimizer in self.optimizers:
+            groups += optimizer.param_groups
+        return groups
 
     def freeze(self, done: float) -> None:
         """Removes the gradients of all groups that start to learn later than at the share `done` of the steps."""

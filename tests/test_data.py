@@ -2,17 +2,16 @@
 import collections
 import hashlib
 import itertools
+import math
 import os
-import time
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from data import ag_news as news
 from data import sample
 from data.corpus import tokenize_corpus
-from data.text import Data, Vocabulary, tokenize, tokenize_texts
+from data.text import Data, tokenize, tokenize_texts
 from ELMO import Config
 from run.files import InputError, write_atomically
 
@@ -30,14 +29,12 @@ def test_every_csv_layout_gives_the_same_classes_and_descriptions(layout, tmp_pa
     assert rows.title.tolist() == (["", ""] if layout == "two" else ["A title", ""])
 
 
-def test_words_that_pandas_takes_for_missing_values_stay_text(tmp_path):
-    (tmp_path / "a.csv").write_text('"1","NA","null"\n"2","nan","None"\n')
-    assert news.read_csv(tmp_path / "a.csv").description.tolist() == ["null", "None"]
-
-
-def test_a_quoted_description_may_span_lines(tmp_path):
-    (tmp_path / "a.csv").write_text('"1","t","one\ntwo"\n"2","t","three"\n')
-    assert news.read_csv(tmp_path / "a.csv").description.tolist() == ["one\ntwo", "three"]
+@pytest.mark.parametrize("content, expected", [
+    ('"1","NA","null"\n"2","nan","None"\n', ["null", "None"]),           # words that pandas takes for missing values
+    ('"1","t","one\ntwo"\n"2","t","three"\n', ["one\ntwo", "three"])])
+def test_descriptions_stay_as_they_are(tmp_path, content, expected):
+    (tmp_path / "a.csv").write_text(content)
+    assert news.read_csv(tmp_path / "a.csv").description.tolist() == expected
 
 
 def test_ag_news_dir_is_the_only_place_looked_at(tmp_path, monkeypatch):
@@ -129,17 +126,15 @@ def test_tokenizing_in_processes_and_from_the_cache_equals_the_plain_loop(tmp_pa
     assert {word: n for word, n in found.items() if n} == counts
 
 
-def test_another_tokenizer_or_another_text_does_not_open_the_same_cache(tmp_path):
+def test_other_texts_have_a_cache_of_their_own_and_a_damaged_one_is_named(tmp_path):
     assert tokenize_texts(["A"], tmp_path).types == ["a"]
+    (next(tmp_path.iterdir()) / "ids.int32").write_bytes(b"1234")
     assert tokenize_texts(["B"], tmp_path).types == ["b"]
     assert tokenize_corpus(["A"], str.split, "another tokenizer", tmp_path).types == ["A"]
-
-
-def test_a_damaged_cache_is_an_error_that_names_it(tmp_path):
-    tokenize_texts(["a b c"], tmp_path)
-    (next(tmp_path.iterdir()) / "ids.int32").write_bytes(b"1234")
     with pytest.raises(InputError, match="delete it"):
-        tokenize_texts(["a b c"], tmp_path)
+        tokenize_texts(["A"], tmp_path)
+    (tmp_path / "file").write_text("not a folder")
+    assert tokenize_texts(["a b"], tmp_path / "file").types == ["a", "b"]          # without a cache
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -160,11 +155,22 @@ def test_the_built_in_corpus_is_the_same_for_a_seed_and_its_first_rows_for_any_s
     assert rows[:100] == list(sample.generate(100, seed=3))
     assert rows != list(sample.generate(2500, seed=4))
     assert {row[0] for row in rows} == {1, 2, 3, 4}
-    assert len({row[2] for row in rows}) > 2450
+    assert all(tokenize(text) == text.split() for _, _, text in rows[:300])
 
 
-def test_the_built_in_corpus_reads_as_its_own_tokens():
-    assert all(tokenize(text) == text.split() for _, _, text in sample.generate(300))
+def test_the_probability_of_a_row_is_the_product_of_its_choices():
+    text = "on monday the minister sued the bank over the military court ."         # every word the first of its list
+
+    def first(count: int) -> float:
+        return (1 / 10) / sum(1 / (10 + k) for k in range(count))
+
+    common = 0.25 * first(5) * 0.75 * first(14) * first(12) * 0.75 * first(14) * 0.75 * first(6) * first(3)
+    common *= first(12) * first(10) * 0.6 * 0.9
+    by_class = [0.95 * 0.70, 0.015 * 0.05, 0.02 * 0.20, 0.015 * 0.05]
+    assert sample.nll_batch([text])[0] == pytest.approx(-math.log(common * sum(by_class) / 4))
+    assert sample.posterior(text) == pytest.approx(np.array(by_class) / sum(by_class))
+    bag = np.array([0.97 * 0.70, 0.03 * 0.05, 0.97 * 0.20, 0.03 * 0.05])            # "sued" shows the pair
+    assert sample.bag_posterior(text) == pytest.approx(bag / bag.sum())
 
 
 def test_no_bag_of_words_reaches_what_the_order_tells_in_the_built_in_corpus():
@@ -179,17 +185,7 @@ def test_no_bag_of_words_reaches_what_the_order_tells_in_the_built_in_corpus():
 
 
 def test_at_most_2_percent_of_the_real_test_tokens_are_unknown(ag_news, tmp_path):
-    texts = news.read_csv(ag_news / "train.csv").description.tolist()
-    texts += news.read_csv(ag_news / "test.csv").description.tolist()
-    begin = time.perf_counter()
-    tokens = tokenize_texts(texts, tmp_path)
-    middle = time.perf_counter()
-    tokenize_texts(texts, tmp_path)
-    print(f"{len(texts)} rows in {middle - begin:.1f} s, again in {time.perf_counter() - middle:.2f} s")
-    train_rows = len(texts) - 7600
-    words = Vocabulary.count(tokens.types, tokens.counts(np.arange(train_rows)), 3)
-    ids = words.ids(tokens.types)[tokens.ids[tokens.offsets[train_rows]:]]
-    assert (ids == 1).mean() < 0.02
+    assert Data.of_ag_news(Config(min_count=3), tmp_path).unknown()["test"] < 0.02
 
 
 def test_odd_texts_reach_the_worker_processes_as_they_are(tmp_path):
@@ -197,15 +193,3 @@ def test_odd_texts_reach_the_worker_processes_as_they_are(tmp_path):
     tokens = tokenize_texts(odd, tmp_path)
     assert len(tokens) == 3000
     assert tokens.types == ["\ud800", "a", "b", "\x00", "c", "\U0001f600"]
-
-
-def test_a_cache_that_cannot_be_written_is_done_without(tmp_path):
-    (tmp_path / "file").write_text("not a folder")
-    assert tokenize_texts(["a b"], tmp_path / "file").types == ["a", "b"]
-
-
-def test_the_table_has_plain_columns(tmp_path):
-    (tmp_path / "a.csv").write_text(LAYOUTS["two"])
-    table = news.read_csv(tmp_path / "a.csv")
-    assert isinstance(table, pd.DataFrame)
-    assert list(table.columns) == ["class", "title", "description"]

@@ -11,7 +11,7 @@ import ELMO
 from data.batches import Sampler, batches
 from data.text import BOS, EOS, PAD, UNK
 from run.files import InputError
-from run.machine import Workers, map_on_cores, torch_threads
+from run.machine import map_on_cores
 from run.metrics import full_softmax_nll
 from run.optimization import Optimizers, clip_gradients, group, learning_rate_share
 
@@ -211,7 +211,8 @@ def test_the_gradients_of_a_step_equal_those_of_one_loss_over_both_directions(re
     trainer = ELMO.Trainer(config, data, torch.device("cpu"))
     monkeypatch.setattr(trainer.optimizers, "step", lambda share: None)
     nll, targets = trainer.step(0)
-    found = {name: weight.grad.to_dense() for name, weight in trainer.model.named_parameters() if weight.grad is not None}
+    weights = dict(trainer.model.named_parameters())
+    found = {name: weight.grad.to_dense() for name, weight in weights.items() if weight.grad is not None}
     trainer.model.zero_grad()
     ids, y = trainer.batch(0)
     x = trainer.model.represent(ids, data.encoded.chars)

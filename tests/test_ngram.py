@@ -1,5 +1,4 @@
-"""The n-gram baselines against a second implementation with dictionaries, against sums to one, and against paper."""
-
+"""The n-gram baselines against a second implementation with dictionaries, and against arithmetic on paper."""
 import itertools
 import math
 from collections import Counter, defaultdict
@@ -91,25 +90,8 @@ def test_rows_have_the_nll_of_a_reference_with_dictionaries(count, v, order):
     reference = Reference(train, v, order)
     expected = [reference.nll(row) for row in test]
     np.testing.assert_allclose(KneserNey(*flat(train), v, order).nll(*flat(test)), expected, rtol=1e-10)
-
-
-def test_the_reference_case_uses_estimated_discounts_as_well_as_the_fallback():
-    reference = Reference(random_rows(1, 120, 60), 60, 4)
-    estimated = [d for d in reference.discount.values() if d != tuple(FALLBACK)]
-    assert len(estimated) >= 2
-
-
-@pytest.mark.parametrize("count, order", [(0, 4), (1, 4), (300, 1), (300, 2), (300, 4)])
-def test_probabilities_sum_to_one_over_the_predictable_symbols_after_any_history(count, order):
-    v = 30
-    train = random_rows(3, count, v)
-    model = KneserNey(*flat(train), v, order)
-    for history in [[], [4], [29, 29], *train[:8], *random_rows(4, 8, v, longest=14)]:
-        rows = [[*history, w] for w in (1, *range(4, v))]
-        p, starts = model.probabilities(*flat(rows))
-        end = model.probabilities(*flat([history]))[0][-1]
-        assert p[starts + len(history) + 1].sum() + end == pytest.approx(1, abs=1e-12)
-        assert p.min() > 0
+    if (count, v, order) == (120, 60, 4):                   # estimated discounts as well as the fallback
+        assert sum(d != tuple(FALLBACK) for d in reference.discount.values()) >= 2
 
 
 def test_a_bigram_model_agrees_with_arithmetic_on_paper():
@@ -140,13 +122,6 @@ def test_word_ids_up_to_hundreds_of_thousands_are_packed_without_collision():
     large_ids = np.where(ids > 3, v - ids, ids)
     found = KneserNey(large_ids, offsets, v, 4).nll(large_ids, offsets)
     np.testing.assert_allclose(found[:40], [reference.nll(row) for row in rows[:40]], rtol=1e-10)
-
-
-def test_a_row_scores_the_same_by_itself_and_between_others():
-    model = KneserNey(*flat(random_rows(6, 200, 40)), 40)
-    test = random_rows(7, 20, 40)
-    one_by_one = [model.nll(*flat([row]))[0] for row in test]
-    assert one_by_one == pytest.approx(model.nll(*flat(test)).tolist())
 
 
 def test_rows_are_reversed_one_by_one():

@@ -218,7 +218,8 @@ def weights_before_training(corpus: Path) -> dict[str, torch.Tensor]:
     texts = read_csv(corpus / "train.csv").description.tolist()
     config = ELMO.Config(hidden=12, validation=60, min_count=2)
     data = Data.of(texts, config, *split(len(texts), 60, 0))
-    return ELMO.Trainer(config, data, CPU).model.state_dict()
+    trainer = ELMO.Trainer(config, data, CPU)
+    return {name: value.float() for name, value in ELMO.ELMo(config, data.words, trainer.model).weights().items()}
 
 
 # ---------------------------------------------------------------------------------------------- files that lie
