@@ -314,7 +314,8 @@ class Trainer:
         if self.config.representation == "word2vec":
             vectors = word2vec(self.data, self.config.width, self.config.seed)
             table = model.table if self.config.tied else model.static
-            table.data[list(vectors)] = INITIAL_STD * torch.from_numpy(unit_variance(vectors))
+            if vectors:
+                table.data[list(vectors)] = INITIAL_STD * torch.from_numpy(unit_variance(vectors))
         return model
 
     def start_epoch(self, epoch: int) -> None:

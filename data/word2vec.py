@@ -14,10 +14,15 @@ def word2vec(data: Data, size: int, seed: int, **settings) -> dict[int, np.ndarr
     from gensim.models import Word2Vec  # imported here, because it takes a second
     sentences = [data.encoded.ids(row).tolist() for row in data.train]
     model = Word2Vec(sentences, vector_size=size, seed=seed, workers=1, **(DEFAULTS | settings))
-    return {word: model.wv[word] for word in range(len(data.words)) if word in model.wv.key_to_index}
+    vectors = {}
+    for word in range(len(data.words)):
+        if word in model.wv.key_to_index:
+            vectors[word] = model.wv[word]
+    return vectors
 
 
 def unit_variance(vectors: dict[int, np.ndarray]) -> np.ndarray:
     """(words, size) array of the vectors, scaled so that its entries have a standard deviation of 1."""
-    table = np.stack(list(vectors.values())) if vectors else np.zeros((0, 1), dtype=np.float32)
-    return table / max(table.std(), 1e-12) if len(table) else table
+    table = np.stack(list(vectors.values()))
+    std = table.std()
+    return table / max(std, 1e-12)

@@ -63,7 +63,8 @@ def read_published(path: str | Path, form: str, keys: set[str]) -> dict:
     if actual is None or actual != content["digest"]:
         raise InputError(f"{path} is damaged: its contents do not match its digest; restore it or train again")
     if content["format"] != form:
-        raise InputError(f"{path} is of format {content['format']!r}; expected {form!r}")
+        raise InputError(f"{path} has format {content['format']!r} instead of {form!r}: another version of the scripts "
+                         "made it; make it anew with this one")
     return content
 
 

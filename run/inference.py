@@ -19,7 +19,9 @@ def print_predictions(load: Callable, text: str, precision: str, as_json: bool) 
     """
     lines = read_lines("-") if text == "-" else [text]
     classifier = load()
-    texts = [tuple(line.split("\t")) for line in lines] if classifier.config.two_texts else lines
+    texts = lines
+    if classifier.config.two_texts:
+        texts = [tuple(line.split("\t")) for line in lines]
     for line, prediction in zip(lines, classifier.predict(texts, precision), strict=True):
         if as_json:
             print(json.dumps({"text": line} | prediction))
@@ -37,9 +39,11 @@ def embed_file(load: Callable, source: str, target: str, precision: str, full: b
     lines = read_lines(source)
     elmo = load()
     offsets = elmo.encode(lines).tokens.offsets
-    stream = elmo.embed_stream(lines, "fp32" if full or precision == "fp32" else "bf16")
-    layers = (vectors.numpy() for vectors in tqdm(stream, total=len(lines), unit="text"))
-    write_npz(target, offsets, 2 * elmo.config.width, layers, np.dtype(np.float32 if full else np.float16))
+    precision = "fp32" if full or precision == "fp32" else "bf16"
+    stream = tqdm(elmo.embed_stream(lines, precision), total=len(lines), unit="text")
+    layers = (vectors.numpy() for vectors in stream)
+    dtype = np.dtype(np.float32 if full else np.float16)
+    write_npz(target, offsets, 2 * elmo.config.width, layers, dtype)
     print(f"{target}: {len(lines):,} texts, {offsets[-1]:,} tokens")
 
 
@@ -60,10 +64,12 @@ def write_npz(target: str, offsets: np.ndarray, width: int, texts: Iterable[np.n
     """
     shape = (3, int(offsets[-1]), width)
     with TemporaryDirectory(dir=Path(target).absolute().parent, prefix=".embed") as folder:
-        vectors = np.lib.format.open_memmap(f"{folder}/vectors.npy", mode="w+", dtype=dtype, shape=shape)
-        for begin, text in zip(offsets[:-1], texts, strict=True):
-            vectors[:, begin:begin + text.shape[1]] = text
-        vectors.flush()
+        np.save(f"{folder}/vectors.npy", np.zeros((3, 0, width), dtype))        # if there is no token at all
+        if shape[1] > 0:
+            vectors = np.lib.format.open_memmap(f"{folder}/vectors.npy", mode="w+", dtype=dtype, shape=shape)
+            for begin, text in zip(offsets[:-1], texts, strict=True):
+                vectors[:, begin:begin + text.shape[1]] = text
+            vectors.flush()
         np.save(f"{folder}/offsets.npy", offsets)
 
         def pack(file: BinaryIO) -> None:

@@ -26,15 +26,24 @@ class PairMatcher(nn.Module):
         """
         a, b = h.chunk(2, dim=2)                                            # (2, T, N, H)
         inside_a, inside_b = inside.chunk(2, dim=1)                         # (T, N)
-        u = pool(self.compared(a, b, inside_b), inside_a)                   # (N, 6H)
-        v = pool(self.compared(b, a, inside_a), inside_b)
-        return self.match(torch.cat([u, v, (u - v).abs(), u * v], dim=-1)).relu()
+        compared_a = self.compared(a, b, inside_b)
+        compared_b = self.compared(b, a, inside_a)
+        u = pool(compared_a, inside_a)                                      # (N, 6H)
+        v = pool(compared_b, inside_b)
+        return self.match(differences(u, v)).relu()
 
     def compared(self, own: Tensor, other: Tensor, inside: Tensor) -> Tensor:
         """(2, T, N, H): every state of `own` compared with the average of `other` that it attends to."""
-        scores = torch.einsum("dtnh,dsnh->dnts", own, other) / math.sqrt(own.shape[-1])     # (2, N, T, T)
+        H = own.shape[-1]
+        scores = torch.einsum("dtnh,dsnh->dnts", own, other) / math.sqrt(H)                 # (2, N, T, T)
         outside = ~inside.t()[:, None, :]                                                   # (N, 1, T)
         weights = scores.float().masked_fill(outside, -1e9).softmax(dim=-1)
         weights = weights.masked_fill(outside, 0).to(own.dtype)                             # 0 for an empty side
         found = torch.einsum("dnts,dsnh->dtnh", weights, other)                             # (2, T, N, H)
-        return self.compare(torch.cat([own, found, (own - found).abs(), own * found], dim=-1)).relu()
+        return self.compare(differences(own, found)).relu()
+
+
+def differences(a: Tensor, b: Tensor) -> Tensor:
+    """[a; b; |a - b|; a * b], along the last dimension."""
+    parts = [a, b, (a - b).abs(), a * b]
+    return torch.cat(parts, dim=-1)

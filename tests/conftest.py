@@ -59,7 +59,7 @@ def builtin(corpus, monkeypatch) -> Path:
 
 @pytest.fixture(scope="session")
 def ag_news() -> Path:
-    """$AG_NEWS_DIR with the real rows; the test is skipped where it is not set."""
+    """$AG_NEWS_DIR with the real rows; the test is skipped if it is not set."""
     folder = Path(os.environ.get("AG_NEWS_DIR", ""))
     if not (folder / "train.csv").is_file():
         pytest.skip("AG_NEWS_DIR does not name a folder with the AG News files")
@@ -69,7 +69,3 @@ def ag_news() -> Path:
 def encoded(sentences: list[str], **options) -> ELMO.Data:
     """Data of whitespace-ready sentences, all of them training rows."""
     return ELMO.Data.of(sentences, tiny(**options), np.arange(len(sentences)), np.arange(0))
-
-
-def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=3, help="SIGKILLs of the resume test (`make kills` takes 20)")

@@ -107,9 +107,10 @@ def test_mcnemar_counts_the_rows_that_only_one_has_right():
     assert mcnemar(right, right)["p"] == 1
 
 
-def test_the_linear_model_is_chosen_on_validation_rows_and_counts_unlabelled_texts_too():
+def test_the_linear_model_is_chosen_on_validation_rows_and_counts_unlabelled_texts_too(monkeypatch):
+    monkeypatch.setattr(baselines, "LINEAR_MODELS", (("svm", 1.0), ("logistic", 1e-9)))     # the second knows one class
     corpus = ["good film", "good story", "bad film", "bad story", "fine plot", "fine plot"] * 3
-    train = Part([(text,) for text in corpus[:4] * 3], np.array([1, 1, 0, 0] * 3))
+    train = Part([(text,) for text in ["good film", *corpus[:4] * 3]], np.array([1, *[1, 1, 0, 0] * 3]))
     test = Part([("good plot",), ("bad plot",), ("good bad",)], np.array([1, 0, 1]))
     task = Task("ag_news", ["0", "1"], train, test.take(np.arange(2)), test, corpus, np.array([True, False, False]))
     vectorizers = baselines.count_words(task.corpus)
@@ -117,7 +118,7 @@ def test_the_linear_model_is_chosen_on_validation_rows_and_counts_unlabelled_tex
     assert "fine plot" in vectorizers[2].vocabulary_
     numbers, predicted = baselines.tfidf(task, vectorizers)
     assert predicted[:2].tolist() == [1, 0]
-    assert len(numbers["tried"]) == 12
+    assert list(numbers["tried"].values()) == [1, 0.5, 1, 0.5]
     assert numbers["validation"] == {"mean": 1.0, "std": None}
     assert numbers["fresh"]["mean"] == 1.0
     assert numbers["ensemble"] == numbers["test"]["mean"] == pytest.approx((predicted == test.labels).mean())
