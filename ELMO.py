@@ -12,7 +12,7 @@ Shapes: B sentences of a batch, T positions (longest sentence + 1 boundary symbo
 E sampled words, H cells of an LSTM, P width of x and of every layer's output, D = 2 P width of a vector for users.
 
     python ELMO.py                                  the published run: models/bilstm.pt, pretraining.json and figures
-    python ELMO.py --resume                         go on after a stop; the weights end the same, bit for bit
+    python ELMO.py --resume                         resume after an interruption, to the same weights bit for bit
     python ELMO.py --corpus PATH --out FOLDER       train on any plain text: a file, or a folder of .txt and .gz
     python ELMO.py --embed FILE --npz FILE          write the three layers' vectors of a file's lines
     torchrun --nproc_per_node=2 ELMO.py             the same run, each batch shared by two processes
@@ -35,19 +35,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.ag_news import CACHE, check_texts, split
-from data.batches import Sampler, batches, collate
+from data.batches import Sampler, batches, collate, reverse_within_lengths
 from data.characters import CharacterCNN
 from data.text import PAD, SPECIAL, Data, Encoded, Vocabulary, tokenize, tokenize_texts
 from data.word2vec import unit_variance, word2vec
 from run import checkpoint, figures, inference, machine, metrics, ngram
 from run.files import InputError, folder_lock, write_json
 from run.machine import autocast
-from run.optimization import Optimizers, clip_gradients, dropout_mask, group, learning_rate_share
+from run.optimization import Optimizers, clip_gradients, dropout_mask, group, learning_rate_factor
 from run.options import check_options, option, script, script_arguments
 from run.progress import Run, options_of_weights
 
 HERE = Path(__file__).resolve().parent
-FORMAT = "elmo-bilm-2"                  # of bilstm.pt; raised when the meaning of the file changes
+FORMAT = "elmo-bilm-2"                  # of bilstm.pt; another one if the file's meaning changes
 LAYERS = 2                              # LSTM layers of each direction
 DIRECTIONS = ("forward", "backward")
 INITIAL_STD = 0.05                      # of the word table's entries: rows of norm about 1 at P = 448
@@ -59,19 +59,19 @@ MEASURED_TRAINING_ROWS = 4000
 class Config:
     """Every option of pretraining. The defaults are the published run; InputError if a value is out of range."""
     representation: str = option("embedding", "what x is made from", choices=("embedding", "word2vec", "char"))
-    width: int = option(448, "P: width of x and of every layer's output, at most `hidden`", min=1, max=8192)
+    width: int = option(448, "P: width of x and of every layer's output; lowered to `hidden`", min=1, max=8192)
     hidden: int = option(448, "H: cells of each LSTM, projected to P if there are more", min=1, max=65536)
-    dropout: float = option(0.2, "share of units dropped, the same units at all positions of a sentence", max=0.95)
-    word_dropout: float = option(0.0, "share of words dropped from the input", max=0.95)
+    dropout: float = option(0.2, "dropout probability; a sentence loses the same units at all positions", max=0.95)
+    word_dropout: float = option(0.0, "probability that an input word becomes zeros", max=0.95)
     min_count: int = option(3, "a word enters the vocabulary if the training rows contain it this often", min=1)
     freeze_word2vec: bool = option(False, "word2vec: x does not learn, and the softmax has a table of its own")
     rows: int = option(0, "train on this many rows of train.csv, for short trials; 0: all")
-    validation: int = option(4000, "rows of train.csv that are not trained on, for every choice", min=1)
+    validation: int = option(4000, "rows of train.csv for choosing the epoch and the options", min=1)
     epochs: float = option(4.0, "passes over the training rows", max=100_000)
     batch_tokens: int = option(3000, "positions (B x T) of a batch", min=1)
     negatives: int = option(2048, "E: sampled words per step; with V or more it is the full softmax", min=1)
-    lr: float = option(8e-3, "highest learning rate of AdamW, for the LSTMs and the character network", max=10)
-    table_lr: float = option(1.6e-2, "highest learning rate of SparseAdam, for the word table", max=10)
+    lr: float = option(8e-3, "peak learning rate of AdamW, for the LSTMs and the character network", max=10)
+    table_lr: float = option(1.6e-2, "peak learning rate of SparseAdam, for the word table", max=10)
     beta1: float = option(0.9, "Adam's decay of the mean gradient", max=0.99999)
     beta2: float = option(0.99, "Adam's decay of the mean squared gradient", max=0.99999)
     weight_decay: float = option(0.0, "AdamW's weight decay", max=10)
@@ -80,7 +80,7 @@ class Config:
     seed: int = option(0, "of rows, weights, batches, dropout and sampled words", max=2**31)
     log_every: int = option(100, "steps between log lines", min=1)
     save_every: float = option(300.0, "seconds between resume states")
-    track: str = option("none", "curves to a tracker too, in --out", choices=("none", "tensorboard", "wandb"))
+    track: str = option("none", "also log to a tracker, in --out", choices=("none", "tensorboard", "wandb"))
 
     def __post_init__(self):
         check_options(self)
@@ -88,23 +88,10 @@ class Config:
 
     @property
     def tied(self) -> bool:
-        """Whether x and the softmax share one table. Characters have no table, and a frozen one cannot be shared."""
+        """Whether x and the softmax share one table: not if x comes from characters, nor if it must not learn."""
         if self.representation == "word2vec":
             return not self.freeze_word2vec
         return self.representation != "char"
-
-
-# ---------------------------------------------------------------------------------------------------- batches
-def reverse_within_lengths(h: Tensor, lengths: Tensor) -> Tensor:
-    """Each sentence of h (T, B, width) in reverse order, its padding where it was; lengths (B,).
-
-    A sentence of 3 words with one position of padding: [a b c -] -> [c b a -]. Twice gives h again.
-    """
-    T, B, width = h.shape
-    position = torch.arange(T, device=h.device)[:, None]                                # (T, 1)
-    source = torch.where(position < lengths, lengths - 1 - position, position)          # (T, B)
-    place = source * B + torch.arange(B, device=h.device)           # (T, B): where it stands in h as (T * B, width)
-    return F.embedding(place, h.reshape(T * B, width))
 
 
 # ------------------------------------------------------------------------------------------------------ model
@@ -116,7 +103,7 @@ def lstm_layers(config: Config) -> nn.ModuleList:
         lstm = nn.LSTM(config.width, config.hidden, proj_size=projection)
         nn.init.zeros_(lstm.bias_ih_l0)
         nn.init.zeros_(lstm.bias_hh_l0)
-        nn.init.ones_(lstm.bias_ih_l0.data[config.hidden:2 * config.hidden])    # remember at first (Jozefowicz 2015)
+        nn.init.ones_(lstm.bias_ih_l0.data[config.hidden:2 * config.hidden])    # forget gate (Jozefowicz et al. 2015)
         layers.append(lstm)
     return layers
 
@@ -124,7 +111,8 @@ def lstm_layers(config: Config) -> nn.ModuleList:
 class BiLM(nn.Module):
     """The forward and the backward language model, with the word table and softmax bias that they share.
 
-    table (V, P): the rows are the softmax weights and, if tied, also the token representations; bias (V, 1).
+    table (V, P): the rows are the softmax weights and, if tied, also the token representations; static (V, P): Word2Vec
+    vectors that do not learn; bias (V, 1) of the softmax, a column so that F.embedding can look it up.
     """
 
     def __init__(self, config: Config, vocabulary_size: int):
@@ -141,7 +129,7 @@ class BiLM(nn.Module):
         self.set_trainable()
 
     def set_trainable(self) -> "BiLM":
-        """Lets all weights learn but the second bias of each LSTM, which stays zero; returns self.
+        """Lets all weights learn except the second bias of each LSTM, which stays zero; returns self.
 
         nn.LSTM adds two biases with the same gradient, so together they would learn at twice the rate.
         """
@@ -152,6 +140,13 @@ class BiLM(nn.Module):
     def lstms(self, d: int) -> nn.ModuleList:
         """The layers of direction d: 0 forward, 1 backward."""
         return self.forward_lstms if d == 0 else self.backward_lstms
+
+    def layer_weights(self, j: int) -> list[nn.Parameter]:
+        """The dense weights that compute h_j of both directions, j = 0, 1, 2; a table is not dense."""
+        if j == 0:
+            return list(self.characters.parameters()) if self.config.representation == "char" else []
+        lstms = nn.ModuleList([self.forward_lstms[j - 1], self.backward_lstms[j - 1]])
+        return [weight for weight in lstms.parameters() if weight.requires_grad]
 
     def lstm_weights(self, d: int) -> list[nn.Parameter]:
         """The weights that learn in the LSTMs of direction d."""
@@ -170,7 +165,8 @@ class BiLM(nn.Module):
     def states(self, d: int, x: Tensor, masks: Sequence[Tensor] | None = None) -> list[Tensor]:
         """[h_0, h_1, h_2], each (T, B, P): all layers of direction d over representations x (T, B, P).
 
-        masks, for dropout: one per layer, (1, B, P) each, so that a sentence loses the same units at every position.
+        masks, for dropout: one per layer, (1, B, P), so that a sentence loses the same units at every position; with
+        word dropout the first one is (T, B, P).
         """
         h = x if masks is None else x * masks[0]
         states = [h]
@@ -195,17 +191,17 @@ class BiLM(nn.Module):
             layers.append(torch.cat([forward_h[1:], in_reading_order], dim=-1).to(dtype))
         return torch.stack(layers)
 
-    def contextual(self, ids: Tensor, lengths: Tensor, chars: Tensor | None = None) -> Tensor:
-        """(3, T - 1, B, 2P) vectors of all layers for ids (2, T, B) from `collate` and sentence lengths (B,)."""
+    def contextual(self, ids: Tensor, lengths: Tensor, chars: Tensor | None, masks=(None, None)) -> Tensor:
+        """(3, T - 1, B, 2P) vectors of all layers for ids (2, T, B) from `collate`; masks: those of each direction."""
         x = self.represent(ids, chars)
-        forward, backward = (self.states(d, x[d]) for d in range(2))
+        forward, backward = (self.states(d, x[d], masks[d]) for d in range(2))
         return self.join(forward, backward, lengths)
 
 
 class ScalarMix(nn.Module):
-    """Weighted average of the biLM's layers: gamma * sum_j s_j h_j, with s = softmax(w).
+    """Scaled, weighted average of the biLM's layers: gamma * sum_j s_j h_j, with s = softmax(w).
 
-    Equation 1 of Peters et al. 2018; s_j is what the assignment calls lambda_j.
+    Equation 1 of Peters et al. 2018. The weights s_j are also called lambda_j.
     """
 
     def __init__(self, layers: int = LAYERS + 1):
@@ -224,18 +220,20 @@ def sampled_nll(h: Tensor, y: Tensor, table: Tensor, bias: Tensor, sampled: Tens
 
         nll = log Z - s_y        Z = exp(s_y) + sum over sampled w != y of exp(s_w) / pi_w
 
-    s_w = h . table_w + bias_w is the logit of word w. A sampled word stands for 1 / pi_w words, so the expected Z is
-    the sum of the full softmax (Horvitz and Thompson 1952). sampled (E,) ascending word ids; log_pi (E,).
+    s_w = h . table_w + bias_w is the logit of word w, and pi_w the probability that w is in the sample (`Sampler` knows
+    it). Weighing a sampled word with 1 / pi_w makes the expected Z the sum of the full softmax (Horvitz and Thompson
+    1952). sampled (E,) ascending word ids; log_pi (E,).
     """
-    rows = F.embedding(y, table, sparse=True)                                           # (N, P)
+    target_rows = F.embedding(y, table, sparse=True)                                    # (N, P)
     target_bias = F.embedding(y, bias, sparse=True)[:, 0]                               # (N,)
-    target = (h.float() * rows).sum(dim=1) + target_bias                                # (N,)
+    target = (h.float() * target_rows).sum(dim=1) + target_bias                         # (N,) the logits s_y
     words = F.embedding(sampled, table, sparse=True)                                    # (E, P)
     offset = F.embedding(sampled, bias, sparse=True)[:, 0] - log_pi                     # (E,)
     logits = (h @ words.to(h.dtype).t()).float() + offset                               # (N, E)
-    column = torch.searchsorted(sampled, y).clamp(max=len(sampled) - 1)                 # where y would stand in sampled
+    # A target that was sampled too must not count twice. Its column is its place in the ascending `sampled`.
+    column = torch.searchsorted(sampled, y).clamp(max=len(sampled) - 1)                 # (N,)
     row = (sampled[column] == y).nonzero()[:, 0]
-    logits[row, column[row]] = -torch.inf                   # a target that was sampled too is counted as target only
+    logits[row, column[row]] = -torch.inf
     return torch.logaddexp(target, logits.logsumexp(dim=1)) - target
 
 
@@ -258,7 +256,7 @@ def score_batch(model: BiLM, encoded: Encoded, dtype: torch.dtype, details: bool
 
 def score_rows(model: BiLM, encoded: Encoded, rows: np.ndarray, dtype: torch.dtype = torch.float32,
                details: bool = False) -> metrics.Scores:
-    """Scores of some rows by the full softmax: no dropout, no sampling, every row by itself."""
+    """Scores of some rows by the full softmax, without dropout; a row's score does not depend on the others."""
     lengths = encoded.lengths[rows]
     parts = [rows[part] for part in batches(lengths, 3000)]
     score = partial(score_batch, model, encoded, dtype, details)
@@ -277,11 +275,13 @@ class Gradients(NamedTuple):
 
 
 class Trainer:
-    """The model, its two optimizers, and one training step. Every random number of a step comes from (seed, step).
+    """The model, its optimizers, and one training step. Every random number of a step comes from (seed, step).
 
-    The two directions run side by side, each in a thread of its own: they never meet before the last concatenation.
+    The two directions are two language models, so they run side by side in two threads (torch releases Python's lock).
+    Each gets x as a leaf of its own: the graph is cut there, and no thread touches the other's graph. Afterwards
+    `collect` adds up their gradients, and continues the backward pass from x into the table or the character network.
     """
-    unit = "tokens"
+    unit = "tokens"                 # of the progress bar
 
     def __init__(self, config: Config, data: Data, device: torch.device):
         self.config = config
@@ -300,7 +300,7 @@ class Trainer:
         self.log_pi = self.sampler.log_pi.to(device)
         self.lengths = data.encoded.lengths[data.train]
         self.start_epoch(0)
-        self.per_epoch = len(self.batches)
+        self.per_epoch = len(self.batches)                  # the same in every epoch: the lengths decide it
         self.interval = self.per_epoch                      # steps between evaluations
         self.steps = round(config.epochs * self.per_epoch)
 
@@ -332,9 +332,9 @@ class Trainer:
             self.start_epoch(epoch)
         return collate(self.data.encoded, self.data.train[self.batches[number]])
 
-    def own(self, rows: Tensor) -> Tensor:
-        """This process's share of a batch (2, T, B, ...), on the device: with W processes, every W-th row."""
-        return rows[:, :, self.rank::self.world].to(self.device)
+    def own(self, batch: Tensor) -> Tensor:
+        """This process's share of a batch (2, T, B, ...), on the device: with W processes, every W-th sentence."""
+        return batch[:, :, self.rank::self.world].to(self.device)
 
     def masks(self, T: int, B: int, generator: torch.Generator) -> list[Tensor]:
         """Dropout masks of h_0, h_1 and h_2, each (2, 1, B, P); word dropout makes the first one (2, T, B, P)."""
@@ -366,7 +366,7 @@ class Trainer:
         targets = int((y != PAD).sum())
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)
         masks = self.masks(*ids.shape[1:], generator)
-        u = torch.rand((), generator=generator, dtype=torch.float64)
+        u = torch.rand((), generator=generator, dtype=torch.float64)                    # places the whole sample
         sampled = self.sampler.draw(u.item()).to(self.device)
         # loss and gradients, each direction on its own core
         with autocast(self.device, self.dtype):
@@ -380,8 +380,8 @@ class Trainer:
         norm = clip_gradients([*self.dense, *self.sparse], self.config.clip)
         if not math.isfinite(norm + nll):
             raise InputError(f"the loss is not finite at step {step}; start anew with a lower --lr and --table-lr")
-        # update
-        self.optimizers.step(learning_rate_share(step, self.steps))
+        # update, with linear warm-up and then a cosine
+        self.optimizers.step(learning_rate_factor(step, self.steps))
         return nll, targets
 
     def collect(self, x: Tensor, forward: Gradients, backward: Gradients) -> float:
@@ -414,7 +414,7 @@ def train(trainer: Trainer, resume_file: Path | None = None, resume: bool = Fals
     data = trainer.data
 
     def evaluate(train_nll: float) -> tuple[float, dict]:
-        """(number by which the epoch is chosen, entry of the history). Without validation rows the last epoch wins."""
+        """(number that is lowest for the best epoch, entry of the history); without validation rows the last is best."""
         entry = {"train_perplexity": math.exp(train_nll)}
         if len(data.validation) == 0:
             return -run.step, entry
@@ -423,7 +423,7 @@ def train(trainer: Trainer, resume_file: Path | None = None, resume: bool = Fals
         return math.log(forward * backward) / 2, entry
 
     with Run(trainer, resume_file, resume) as run:
-        for step in range(run.step, trainer.steps + 1):
+        for step in range(run.step, trainer.steps + 1):     # from 0, or from where a resumed run stopped
             if run.due(step):                   # the end of an epoch
                 run.save_best(evaluate)
             if run.stop():                      # the end of training, or Ctrl-C
@@ -441,12 +441,12 @@ class ELMo:
         elmo.embed(["Oil prices fall."])[0]         # (3, 4, D): layer 0 is [x ; x], layers 1 and 2 [forward ; backward]
     """
 
-    def __init__(self, config: Config, words: Vocabulary, model: BiLM, history=(), metrics=None, digest=None):
+    def __init__(self, config: Config, words: Vocabulary, model: BiLM, history=(), scores=None, digest=None):
         self.config = config
         self.words = words
         self.model = model.eval().requires_grad_(False)
         self.history = list(history)
-        self.metrics = metrics or {}
+        self.metrics = scores or {}
         self.digest = digest                    # of the file; None if it was not saved yet
         self.device = model.table.device
 
@@ -455,20 +455,20 @@ class ELMo:
         """The biLM of a file made by `save` or ELMO.py; InputError if the file is missing, damaged or does not fit."""
         content = checkpoint.read_published(path, FORMAT, {"config", "words", "history", "metrics"})
         with checkpoint.fitting(path):
-            elmo = cls.from_parts(content["config"], content["words"], content["weights"], device)
-        return cls(elmo.config, elmo.words, elmo.model, content["history"], content["metrics"], content["digest"])
+            return cls.from_parts(content["config"], content["words"], content["weights"], device, content["history"],
+                                  content["metrics"], content["digest"])
 
     @classmethod
-    def from_parts(cls, options: dict, words: list[str], weights: dict[str, Tensor], device: str = "cpu") -> "ELMo":
-        """The biLM made of a file's parts; ValueError or RuntimeError if they do not fit."""
+    def from_parts(cls, options: dict, words: list[str], weights: dict[str, Tensor], device: str, *about) -> "ELMo":
+        """The biLM made of a file's parts; any exception if they do not fit. about: history, metrics, digest."""
         if words[:len(SPECIAL)] != SPECIAL or len(words) != len(weights["table"]):
             raise ValueError("the vocabulary does not fit the weights")
         config = Config(**options)
-        with torch.device("meta"):              # takes no memory for the sizes that a file claims
+        with torch.device("meta"):              # allocates nothing before the sizes are known to fit
             model = BiLM(config, len(words))
         model.load_state_dict({re.sub(r"^(forward|backward)\.", r"\1_lstms.", name): value.float()
                                for name, value in weights.items()}, assign=True)
-        return cls(config, Vocabulary(words), model.to(device))
+        return cls(config, Vocabulary(words), model.to(device), *about)
 
     @classmethod
     def train(cls, texts: Sequence[str], config: Config | None = None, device: str | None = None) -> "ELMo":
@@ -497,7 +497,10 @@ class ELMo:
             "history": self.history, "metrics": self.metrics})
 
     def weights(self) -> dict[str, Tensor]:
-        """The weights in half precision: {"table": .., "bias": .., "forward.0.weight_ih_l0": .., ..}."""
+        """The weights in half precision: {"table": .., "bias": .., "forward.0.weight_ih_l0": .., ..}.
+
+        In the file it is "forward", not "forward_lstms", a name that an attribute of nn.Module cannot have.
+        """
         return {name.replace("_lstms.", "."): value.cpu().half() for name, value in self.model.state_dict().items()}
 
     def tokenize(self, text: str) -> list[str]:
@@ -518,7 +521,7 @@ class ELMo:
         precision: "fp32", or "bf16", which is faster if the hardware multiplies it and is computed in fp32 otherwise.
         """
         if isinstance(texts, str):
-            check_texts(texts)
+            raise InputError("texts is one string; expected a list of strings, such as [text]")
         if precision not in ("fp32", "bf16"):
             raise InputError(f"precision is {precision!r}; expected fp32 or bf16")
         fast = precision == "bf16" and machine.fast_bf16(self.device)
@@ -543,7 +546,7 @@ class ELMo:
                 vectors[row] = of_text
         return vectors
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def embed_batch(self, encoded: Encoded, dtype: torch.dtype, rows: np.ndarray) -> list[Tensor]:
         """One (3, tokens, D) float32 CPU tensor per row."""
         ids, _ = collate(encoded, rows)
@@ -569,14 +572,15 @@ def measure(elmo: ELMo, data: Data) -> tuple[dict, dict]:
     parts = {"train": (data.encoded, np.sort(sample)), "validation": (data.encoded, data.validation), "test": data.test}
     fresh = data.fresh()
     splits = {}
+    scores = {}
     for name, (encoded, rows) in parts.items():
-        scores = score_rows(elmo.model, encoded, rows, details=True)
-        splits[name] = scores.metrics()
+        scores[name] = score_rows(elmo.model, encoded, rows, details=True)
+        splits[name] = scores[name].metrics()
         if name in fresh and fresh[name].any():
-            splits[name]["fresh"] = scores.metrics(fresh[name])
+            splits[name]["fresh"] = scores[name].metrics(fresh[name])
     flat = {name: encoded.flat(rows) for name, (encoded, rows) in parts.items()}
     ngram.add_perplexities(splits, data.encoded.flat(data.train), flat, fresh, len(data.words))
-    _, gold, best, _ = scores.words[0]                                          # of the forward model on test rows
+    _, gold, best, _ = scores["test"].words[0]                                  # of the forward model
     return splits, metrics.word_confusion(gold, best, data.words.words)
 
 
@@ -589,7 +593,7 @@ def publish(run: Run, out: Path, seconds: float) -> None:
     splits.{train, validation, test}: rows, tokens, unigram_perplexity, and for forward and backward the metrics of
         `run.metrics.Scores` and kneser_ney_perplexity; `fresh`: the same without near copies of training rows,
     confusion {words, counts}: of the forward model on test rows; rows gold, columns predicted.
-    Every number belongs to the weights in the file, which are in half precision. `train` is a sample of 4,000 rows.
+    The metrics in `splits` are those of the half-precision weights in the file; `train` is a sample of its rows.
     """
     trainer = run.trainer
     elmo = ELMo.from_run(run)

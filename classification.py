@@ -1,12 +1,13 @@
 """A text classifier on ELMo's layers (Peters et al. 2018, section 3.2), with three ways to mix the layers.
 
-    layers h_{k,0}, h_{k,1}, h_{k,2} of word k, from the frozen biLM in models/bilstm.pt
-    setting `trainable`:  ELMo_k = gamma sum_j s_j h_{k,j}, s = softmax(w); w and gamma learn     (s_j is lambda_j)
+    layers h_{k,0}, h_{k,1}, h_{k,2} of word k, from the biLM in models/bilstm.pt
+    setting `trainable`:  ELMo_k = gamma sum_j s_j h_{k,j}, s = softmax(w); w and gamma learn     (s_j: also lambda_j)
     setting `frozen`:     the same; w is drawn at random and stays, gamma is 1
     setting `function`:   ELMo_k = f(h_{k,0}, h_{k,1}, h_{k,2}), a small network that learns
     a biLSTM reads ELMo_1 .. ELMo_n -> [maximum, attention, mean] over the words -> linear layer -> classes
 
-A head is one classifier, of one setting and one seed. The biLM runs once per batch for all heads.
+A head is one classifier, of one setting and one seed. The biLM does not learn and runs once per batch for all heads;
+with --finetune every head has a copy of it that learns.
 
 Shapes: B texts of a batch, T words of the longest, J layers, D width of a layer, H cells of a head's LSTM, C classes,
 N classified rows (B, or B / 2 if a row is a pair of texts).
@@ -18,9 +19,9 @@ N classified rows (B, or B / 2 if a row is a pair of texts).
 """
 import copy
 import math
-import re
 import sys
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -34,24 +35,24 @@ from torch.optim.swa_utils import AveragedModel
 
 import ELMO
 from data.ag_news import CACHE, split
-from data.batches import batches, collate
+from data.batches import batches, collate, reverse_within_lengths
 from data.tasks import EncodedTexts, Part, Task, check_rows, read_task
 from data.text import Data, Encoded, Vocabulary, tokenize_texts
-from ELMO import BiLM, ELMo, ScalarMix, reverse_within_lengths
+from ELMO import BiLM, ELMo, ScalarMix
 from run import checkpoint, figures, inference, machine, metrics
 from run.files import InputError, folder_lock, write_json
 from run.machine import autocast
-from run.optimization import Optimizers, clip_gradients, dropout_mask, group, learning_rate_share, moving_average
+from run.optimization import Optimizers, clip_gradients, dropout_mask, group, learning_rate_factor, moving_average
 from run.options import check_options, option, script, script_arguments
 from run.pairs import PairMatcher
 from run.progress import Run, options_of_weights
 
 HERE = Path(__file__).resolve().parent
-FORMAT = "elmo-classifier-2"            # of classifier.pt; raised when the meaning of the file changes
+FORMAT = "elmo-classifier-2"            # of classifier.pt; another one if its meaning changes
 SETTINGS = ("trainable", "frozen", "function")
 EVALUATIONS = 2                         # on the validation rows, per pass over the training rows
 AVERAGE_EVERY = 10                      # steps between updates of the averaged weights
-LAYER_DECAY = 2.6                       # fine-tuning: each layer learns this much slower than the one above
+LAYER_DECAY = 2.6                       # fine-tuning: a layer learns this much slower than the one above (ULMFiT)
 MEASURED_TRAINING_ROWS = 10_000
 
 
@@ -65,28 +66,28 @@ class Config:
     seeds: int = option(1, "heads per setting, with the seeds from `seed` on", min=1, max=100)
     finetune: bool = option(False, "the biLM learns too, a copy of it for each seed")
     adapt: float = option(0.0, "passes of the biLM over the task's texts first, with their words added", max=999)
-    adapt_lr: float = option(2e-3, "highest learning rate of these passes", max=10)
+    adapt_lr: float = option(2e-3, "peak learning rate of these passes", max=10)
     phrases: bool = option(True, "sst: train on every phrase of a tree, not only on whole sentences")
     hidden: int = option(128, "H: cells of the head's LSTM, per direction", min=1, max=8192)
-    dropout: float = option(0.2, "share of units dropped from the mix and from the pooled text", max=0.95)
+    dropout: float = option(0.2, "dropout probability of the mix and of the pooled text", max=0.95)
     smoothing: float = option(0.05, "label smoothing: share of the target spread over all classes", max=0.99)
     rows: int = option(0, "labelled training rows, drawn by the seed; 0: all")
     validation: int = option(2000, "nli: rows that are not trained on; ag_news takes those of the biLM", min=1)
     epochs: float = option(2.0, "passes over the training rows", max=100_000)
     batch_tokens: int = option(3000, "positions (B x T) of a batch", min=1)
-    lr: float = option(4e-3, "highest learning rate of the head", max=10)
-    mix_lr: float = option(2e-2, "highest learning rate of w and gamma", max=10)
-    bilm_lr: float = option(4e-3, "finetune: highest learning rate of the biLM's top layer", max=10)
-    bilm_dropout: float = option(0.1, "finetune: share of units dropped from x, h_1 and h_2", max=0.95)
-    unfreeze: float = option(0.05, "finetune: share of the steps between unfreezing layers 2, 1 and 0", max=0.5)
+    lr: float = option(4e-3, "peak learning rate of the head", max=10)
+    mix_lr: float = option(2e-2, "peak learning rate of w and gamma", max=10)
+    bilm_lr: float = option(4e-3, "finetune: peak learning rate of the biLM's top layer", max=10)
+    bilm_dropout: float = option(0.1, "finetune: dropout probability of h_0, h_1 and h_2", max=0.95)
+    unfreeze: float = option(0.05, "finetune: share of the steps after which layer 2 begins to learn, then 1, then 0", max=0.5)
     weight_decay: float = option(0.01, "AdamW's weight decay, of the head", max=10)
-    ema: float = option(0.99, "decay of the moving average of the weights, which is what is evaluated", max=0.99999)
+    ema: float = option(0.99, "decay, per 10 steps, of the average of the weights that is evaluated", max=0.99999)
     clip: float = option(1.0, "largest gradient norm of a head, and of the biLM", min=1e-9)
     precision: str = option("auto", "of matrix products; auto: bf16 if it is fast", choices=("auto", "fp32", "bf16"))
-    seed: int = option(0, "of weights, batches and dropout", max=2**31)
+    seed: int = option(0, "of weights and dropout, and of the batches that all heads share", max=2**31)
     log_every: int = option(100, "steps between log lines", min=1)
     save_every: float = option(300.0, "seconds between resume states")
-    track: str = option("none", "curves to a tracker too, in --out", choices=("none", "tensorboard", "wandb"))
+    track: str = option("none", "also log to a tracker, in --out", choices=("none", "tensorboard", "wandb"))
 
     def __post_init__(self):
         check_options(self)
@@ -95,14 +96,14 @@ class Config:
 
     @property
     def settings(self) -> tuple[str, ...]:
-        """The settings to train; with a biLM that learns only `trainable`, unless another one is named."""
+        """The settings to train. With --finetune it is `trainable` alone, unless another one is named."""
         if self.setting != "all":
             return (self.setting,)
         return ("trainable",) if self.finetune else SETTINGS
 
     @property
     def pair(self) -> bool:
-        """Whether a row is a pair of texts that are read apart, as premise and hypothesis are."""
+        """Whether a row is a pair of texts that are encoded separately, as premise and hypothesis are."""
         return self.task == "nli"
 
     @property
@@ -133,7 +134,7 @@ class LayerFunction(nn.Module):
 
 
 class ELMoVectors:
-    """Word vectors for a head: all layers of a biLM, J = 3, D = 2P. report/baselines.py has other kinds of vectors."""
+    """Word vectors for a head: all layers of a biLM that does not learn, J = 3, D = 2P; baselines have other classes."""
     layers = ELMO.LAYERS + 1
 
     def __init__(self, model: BiLM):
@@ -143,15 +144,16 @@ class ELMoVectors:
 
     def __call__(self, encoded: Encoded, rows: np.ndarray, dtype: torch.dtype, map: Callable = map) -> Tensor:
         """(J, T, B, D) vectors of some rows. `map` runs the two directions, one after the other or side by side."""
-        def states(d: int) -> list[Tensor]:
-            with torch.no_grad(), autocast(self.device, dtype):             # both hold for one thread
-                return self.model.states(d, x[d])
         ids, _ = collate(encoded, rows)
         lengths = torch.from_numpy(encoded.lengths[rows]).to(self.device)
         with torch.no_grad():
             x = self.model.represent(ids.to(self.device), encoded.chars)
-            forward, backward = map(states, range(2))
-            return self.model.join(forward, backward, lengths)
+
+        def states(d: int) -> list[Tensor]:
+            with torch.no_grad(), autocast(self.device, dtype):             # contexts hold for the thread that enters them
+                return self.model.states(d, x[d])
+        forward, backward = map(states, range(2))
+        return self.model.join(forward, backward, lengths)
 
 
 # ------------------------------------------------------------------------------------------------------- head
@@ -172,23 +174,24 @@ class Head(nn.Module):
         self.attention = nn.Linear(H, 1)
         self.text_width = 2 * H if config.pair else 6 * H                   # of a pooled text or pair
         if config.pair:
-            self.pair = PairMatcher(H)
+            self.matcher = PairMatcher(H)
         self.out = nn.Linear(self.text_width, classes)
 
     @torch.no_grad()
     def initialize(self, seed: int) -> "Head":
         """Random weights; returns self. Heads of one seed share weights of the same shape, whatever their settings."""
-        for i, (name, weight) in enumerate(self.named_parameters()):
-            generator = torch.Generator().manual_seed(1_000 * seed + i)     # one per weight: no other weight shifts it
+        for name, weight in self.named_parameters():
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))    # one for each weight
             if name == "mix.w" and not weight.requires_grad:                # setting `frozen`
-                weight.normal_(generator=generator).copy_(weight.half())    # as the file holds it
+                weight.normal_(generator=generator)
+                weight.copy_(weight.half())                                 # as the file holds it
             elif weight.dim() == 2:
                 bound = weight.shape[1] ** -0.5
                 weight.uniform_(-bound, bound, generator=generator)
             elif "bias" in name:
                 weight.zero_()
         for lstm in (self.forward_lstm, self.backward_lstm):
-            lstm.bias_ih_l0[self.config.hidden:2 * self.config.hidden] = 1  # remember at first
+            lstm.bias_ih_l0[self.config.hidden:2 * self.config.hidden] = 1  # forget gate, as in ELMO.py
         return self
 
     def dropout_masks(self, B: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -210,7 +213,7 @@ class Head(nn.Module):
             x = x * masks[1].to(x.dtype)
         h = self.read(x, lengths)                                           # (2, T, B, H)
         inside = torch.arange(len(x), device=x.device)[:, None] < lengths   # (T, B)
-        text = self.pair(h, inside, self.pool) if self.config.pair else self.pool(h, inside)
+        text = self.matcher(h, inside, self.pool) if self.config.pair else self.pool(h, inside)
         if masks is not None:
             text = text * masks[0].to(text.dtype)
         return self.out(text).float()
@@ -218,7 +221,8 @@ class Head(nn.Module):
     def read(self, x: Tensor, lengths: Tensor) -> Tensor:
         """(2, T, B, H) states of both directions in reading order, from x (T, B, width).
 
-        Two LSTMs, the second over the words in reverse order: a bidirectional nn.LSTM would read the padding first.
+        Two LSTMs, the second over the words in reverse order. A bidirectional nn.LSTM would read a shorter text's padding
+        before its words; packed sequences would avoid that too, but take a third longer.
         """
         forward, _ = self.forward_lstm(x)
         backward, _ = self.backward_lstm(reverse_within_lengths(x, lengths))
@@ -229,7 +233,7 @@ class Head(nn.Module):
         outside = ~inside[:, :, None]                                       # (T, B, 1)
         count = inside.sum(dim=0)[:, None]                                  # (B, 1)
         maximum = h.masked_fill(outside, -torch.inf).amax(dim=1)            # (2, B, H)
-        scores = self.attention(h).float().masked_fill(outside, -1e9)       # (2, T, B, 1)
+        scores = self.attention(h).float().masked_fill(outside, -1e9)       # (2, T, B, 1); -inf: nan for an empty text
         attention = (h * scores.softmax(dim=1).to(h.dtype)).sum(dim=1)      # (2, B, H)
         mean = h.masked_fill(outside, 0).sum(dim=1) / count.clamp(min=1)    # (2, B, H)
         text = torch.cat([maximum, attention, mean], dim=-1)                # (2, B, 3H)
@@ -250,24 +254,26 @@ class Learner:
         if config.finetune:
             self.modules["bilm"] = copy.deepcopy(vectors.model).set_trainable()
         self.average = AveragedModel(self.modules, avg_fn=moving_average(config.ema))
-        learning = {name: weight for name, weight in self.modules.named_parameters() if weight.requires_grad}
-        groups = {name: self.group(name, weight) for name, weight in learning.items()}
+        self.optimizers = self.new_optimizers()
+
+    def new_optimizers(self) -> Optimizers:
+        """Groups of weights, each with its peak learning rate and the share of the steps before it begins to learn."""
+        config = self.config
+        learning = {name: weight for name, weight in self.modules["head"].named_parameters() if weight.requires_grad}
+        scalars = [learning.pop(name) for name in ("mix.w", "mix.gamma") if name in learning]
+        dense = [group(list(learning.values()), config.lr, config.weight_decay), group(scalars, config.mix_lr)]
         sparse = []
-        if config.finetune and vectors.model.config.tied:
-            sparse.append(groups.pop("bilm.table"))
-        self.optimizers = Optimizers(list(groups.values()), sparse, betas=(0.9, 0.99))
+        if config.finetune:
+            bilm = self.modules["bilm"]
+            for j in (2, 1, 0):                                             # from the top layer down
+                peak_lr = config.bilm_lr / LAYER_DECAY ** (2 - j)
+                start = config.unfreeze * (3 - j)
+                dense.append(group(bilm.layer_weights(j), peak_lr, start=start))
+            if bilm.config.tied:
+                sparse.append(group([bilm.table], peak_lr, start=start))
+        return Optimizers(dense, sparse, betas=(0.9, 0.99))
 
-    def group(self, name: str, weight: nn.Parameter) -> dict:
-        """Optimizer group of one weight, by its name."""
-        if name in ("head.mix.w", "head.mix.gamma"):
-            return group([weight], self.config.mix_lr)
-        if name.startswith("head"):
-            return group([weight], self.config.lr, self.config.weight_decay)
-        layer = re.search(r"\.(\d)\.", name)                   # bilm.forward_lstms.1.weight_ih_l0: layer 1
-        depth = ELMO.LAYERS - 1 - int(layer[1]) if layer else ELMO.LAYERS                   # 0 for the top layer
-        return group([weight], self.config.bilm_lr / LAYER_DECAY ** depth, start=self.config.unfreeze * (depth + 1))
-
-    def read_batch(self, part: EncodedTexts, rows: np.ndarray, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def contextual(self, part: EncodedTexts, rows: np.ndarray, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Layers (3, T, B, D) and lengths (B,) by the biLM that learns, with dropout."""
         bilm = self.modules["bilm"]
         device = bilm.table.device
@@ -275,19 +281,16 @@ class Learner:
         ids, _ = collate(part.encoded, sides)
         shape = (2, ELMO.LAYERS + 1, 1, len(sides), bilm.config.width)
         masks = dropout_mask(self.config.bilm_dropout, shape, generator).to(device)
-        x = bilm.represent(ids.to(device), part.encoded.chars)
-        forward, backward = (bilm.states(d, x[d], masks[d]) for d in range(2))
-        lengths = lengths.to(device)
-        return bilm.join(forward, backward, lengths), lengths
+        return bilm.contextual(ids.to(device), lengths.to(device), part.encoded.chars, masks), lengths.to(device)
 
-    def step(self, trainer: "Trainer", step: int, rows: np.ndarray, frozen: tuple[Tensor, Tensor] | None) -> float:
-        """One update; returns the summed cross-entropy. frozen: layers and lengths, if the biLM is frozen."""
+    def step(self, trainer: "Trainer", step: int, rows: np.ndarray, shared: tuple[Tensor, Tensor] | None) -> float:
+        """One update; returns the summed cross-entropy. shared: layers and lengths, unless the biLM learns."""
         head = self.modules["head"]
         part = trainer.parts["train"]
         gold = part.labels[rows].to(trainer.device)
         generator = torch.Generator().manual_seed((self.seed + 1) * 1_000_003 + step)
         with autocast(trainer.device, trainer.dtype):
-            layers, lengths = self.read_batch(part, rows, generator) if frozen is None else frozen
+            layers, lengths = self.contextual(part, rows, generator) if shared is None else shared
             logits = head(layers, lengths, head.dropout_masks(len(lengths), generator))     # (N, C)
         loss = F.cross_entropy(logits, gold, reduction="sum", label_smoothing=self.config.smoothing)
         (loss / len(gold)).backward()
@@ -299,7 +302,7 @@ class Learner:
         self.optimizers.freeze(step / steps)
         for module in self.modules.values():
             clip_gradients(module.parameters(), self.config.clip)
-        self.optimizers.step(learning_rate_share(step, steps))
+        self.optimizers.step(learning_rate_factor(step, steps))
         if step % AVERAGE_EVERY == AVERAGE_EVERY - 1 or step + 1 == steps:
             self.average.update_parameters(self.modules)
 
@@ -316,10 +319,10 @@ class Learner:
 class Trainer:
     """Learners of all settings and seeds, and one training step. Every random number comes from (seed, step).
 
-    A frozen biLM reads the batch once for all heads. Then the heads learn, one per core at a time.
+    A biLM that does not learn reads the batch once for all heads. Then the heads learn side by side, one on each core.
     """
-    unit = "rows"
-    rank = 0
+    unit = "rows"       # of the progress bar
+    rank = 0            # there is one process
 
     def __init__(self, config: Config, vectors, parts: dict[str, EncodedTexts], classes: int, seeds: Sequence[int],
                  digest: str = ""):
@@ -335,6 +338,7 @@ class Trainer:
             for name, seed in zip(self.names(setting), self.seeds, strict=True):
                 self.learners[name] = Learner(config, self.new_head(setting, classes, seed), seed, vectors)
         self.workers = machine.Workers(min(torch.get_num_threads(), len(self.learners)), self.device)
+        # what is evaluated and saved: the averaged weights
         self.model = nn.ModuleDict({name: learner.average.module for name, learner in self.learners.items()})
         self.start_epoch(0)
         self.per_epoch = len(self.batches)
@@ -365,10 +369,10 @@ class Trainer:
         if epoch != self.epoch:
             self.start_epoch(epoch)
         rows = self.batches[number]
-        frozen = None
+        shared = None
         if not self.config.finetune:
-            frozen = read_batch(self.vectors, self.parts["train"], rows, self.dtype, self.workers.map)
-        losses = self.workers.map(lambda learner: learner.step(self, step, rows, frozen), self.learners.values())
+            shared = vectors_of(self.vectors, self.parts["train"], rows, self.dtype, self.workers.map)
+        losses = self.workers.map(lambda learner: learner.step(self, step, rows, shared), self.learners.values())
         loss = sum(losses) / len(losses)
         if not math.isfinite(loss):
             raise InputError(f"the loss is not finite at step {step}; start anew with a lower --lr")
@@ -400,8 +404,8 @@ class Trainer:
         return results
 
 
-def read_batch(vectors, part: EncodedTexts, rows: np.ndarray, dtype: torch.dtype, map: Callable = map):
-    """Word vectors (J, T, B, D) and lengths (B,) of some rows; for pairs, first sides and then second ones."""
+def vectors_of(vectors, part: EncodedTexts, rows: np.ndarray, dtype: torch.dtype, map: Callable = map):
+    """Word vectors (J, T, B, D) and lengths (B,) of some rows; for pairs, all first texts come before the second ones."""
     sides, lengths = part.sides(rows)
     return vectors(part.encoded, sides, dtype, map), lengths.to(vectors.device)
 
@@ -414,7 +418,7 @@ def probabilities(heads: dict, vectors, part: EncodedTexts, dtype: torch.dtype, 
 
     @torch.no_grad()
     def classify_batch(batch: np.ndarray) -> None:
-        layers, lengths = read_batch(vectors, part, rows[batch], dtype)
+        layers, lengths = vectors_of(vectors, part, rows[batch], dtype)
         with autocast(vectors.device, dtype):
             for name, head in heads.items():
                 results[name][batch] = head(layers, lengths).softmax(dim=-1).cpu()
@@ -434,7 +438,7 @@ def train(trainer: Trainer, resume_file: Path | None = None, resume: bool = Fals
         return loss, {"train_loss": train_loss, "validation": validation}
 
     with Run(trainer, resume_file, resume) as run:
-        for step in range(run.step, trainer.steps + 1):
+        for step in range(run.step, trainer.steps + 1):     # from 0, or from where a resumed run stopped
             if run.due(step):                   # twice per pass over the training rows
                 run.save_best(evaluate)
             if run.stop():                      # the end of training, or Ctrl-C
@@ -476,7 +480,7 @@ class Classifier:
                 raise InputError(f"{path} has no setting {setting!r}; expected one of {', '.join(heads)}")
             elmo = bilm_of(path, content, bilstm, device)
             vectors = ELMoVectors(elmo.model)
-            with torch.device("meta"):          # takes no memory for the sizes that a file claims
+            with torch.device("meta"):          # allocates nothing before the sizes are known to fit
                 head = Head(config, setting, vectors.layers, vectors.width, len(content["labels"]))
             head.load_state_dict(checkpoint.weights_of(content["weights"], f"{setting}."), assign=True)
             return cls(config, [str(label) for label in content["labels"]], head.to(vectors.device), elmo)
@@ -484,7 +488,7 @@ class Classifier:
     def predict(self, texts: Sequence[str | tuple[str, str]], precision: str = "fp32") -> list[dict]:
         """One {"label", "probabilities": {label: p}} per text, or per pair of texts if the task is one of pairs.
 
-        InputError names a text that is empty or no text. precision: "fp32"; "auto" and "bf16" are faster and round.
+        InputError names a text that is empty or no string. precision: "fp32", or "auto" and "bf16", which are faster.
         """
         predictions = []
         for p in self.probabilities(texts, precision):
@@ -497,11 +501,13 @@ class Classifier:
         rows = check_rows(texts, self.config)
         if not rows:
             return torch.zeros(0, len(self.labels))
-        part = EncodedTexts(Part(rows, np.zeros(len(rows), dtype=np.int64)), self.elmo)
+        part = EncodedTexts(Part.without_labels(rows), self.elmo)
         if not part.words.all():
-            raise InputError(f"text {part.words.argmin() % len(rows)} has no words; there is nothing to classify")
+            empty = part.words.argmin() % len(rows)                         # of a pair, either text can be the empty one
+            raise InputError(f"text {empty} has no words; there is nothing to classify")
         vectors = ELMoVectors(self.elmo.model)
-        return probabilities({"": self.head}, vectors, part, machine.compute_dtype(precision, vectors.device))[""]
+        dtype = machine.compute_dtype(precision, vectors.device)
+        return probabilities({"head": self.head}, vectors, part, dtype)["head"]
 
 
 def bilm_of(path: str | Path, content: dict, bilstm: str | Path | None, device: str) -> ELMo:
@@ -521,7 +527,7 @@ def bilm_of(path: str | Path, content: dict, bilstm: str | Path | None, device: 
 
 # ------------------------------------------------------------------------------------------------ publication
 def measure(run: Run, task: Task) -> dict:
-    """The JSON of a finished run, without how it was made; `train` is a sample of its rows.
+    """The numbers of a finished run for its JSON file; `train` is a sample of its rows.
 
     history [[{step, epoch, seconds, train_loss, validation.{setting}: {loss, accuracy}}]]; settings.{setting}: s, gamma
     (of each seed; none for `function`), parameters, and the numbers of `run.metrics.classification_numbers`.
@@ -558,7 +564,7 @@ def save(path: Path, result: dict, trainer: Trainer, elmo: ELMo) -> None:
         accuracy = numbers["validation"]["seeds"][best]["accuracy"]
         heads[setting] = {"seed": trainer.seeds[best], "validation": accuracy}
         weights |= {f"{setting}.{name}": value for name, value in modules["head"].state_dict().items()}
-        if config.finetune:
+        if config.finetune:                                                 # a run with one setting
             elmo = ELMo(elmo.config, elmo.words, modules["bilm"])
     if config.finetune or config.adapt:
         bilm = {"config": asdict(elmo.config), "words": elmo.words.words}
@@ -572,7 +578,7 @@ def save(path: Path, result: dict, trainer: Trainer, elmo: ELMo) -> None:
 
 # ------------------------------------------------------------------------------------------------------- main
 def adapt(elmo: ELMo, task: Task, config: Config, file: Path, resume: bool) -> Run:
-    """Trains the biLM on with the task's texts and their words (the paper's section 3.4); a tenth chooses the pass."""
+    """Continues to train the biLM, on the task's training texts (the paper's section 3.4); a tenth chooses the pass."""
     tokens = tokenize_texts(task.corpus, CACHE)
     words = elmo.words.grown_by(Vocabulary.count(tokens.types, tokens.counts(slice(None)), min_count=2))
     options = replace(elmo.config, epochs=config.adapt, lr=config.adapt_lr, table_lr=config.adapt_lr, seed=config.seed,
@@ -583,7 +589,7 @@ def adapt(elmo: ELMo, task: Task, config: Config, file: Path, resume: bool) -> R
     trainer = ELMO.Trainer(options, data, elmo.model.table.device)
     trained = elmo.model.state_dict()
     for name, value in trainer.model.state_dict().items():
-        value[:len(trained[name])] = trained[name]
+        value[:len(trained[name])] = trained[name]          # old words keep their ids; the rows of new ones follow
     return ELMO.train(trainer, file, resume)
 
 

@@ -1,6 +1,7 @@
-"""What a training step takes from the data: batches of rows, their inputs and targets, and sampled words."""
+"""Between the data and the models: batches of rows, their inputs and targets, and sampled words."""
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from data.text import BOS, EOS, PAD, SPECIAL, Encoded
@@ -60,14 +61,27 @@ def collate(encoded: Encoded, rows: np.ndarray) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(x), torch.from_numpy(y)
 
 
-class Sampler:
-    """Draws E distinct words per step for the sampled softmax: word w is drawn with probability pi_w.
+def reverse_within_lengths(h: Tensor, lengths: Tensor) -> Tensor:
+    """Each sentence of h (T, B, width) in reverse order, its padding where it was; lengths (B,).
 
-    pi_w = min(1, k count_w ** 0.75), with k such that the pi_w sum to E. Frequent words are in every draw, boundary
-    symbols are words like any other, <pad> is never drawn.
+    A sentence of 3 words with one position of padding: [a b c -] -> [c b a -]. Twice gives h again.
+    """
+    T, B, width = h.shape
+    position = torch.arange(T, device=h.device)[:, None]                                # (T, 1)
+    source = torch.where(position < lengths, lengths - 1 - position, position)          # (T, B)
+    place = source * B + torch.arange(B, device=h.device)           # (T, B): where it stands in h as (T * B, width)
+    return F.embedding(place, h.reshape(T * B, width))
+
+
+class Sampler:
+    """Draws E distinct words per step for the sampled softmax: word w is in the sample with probability pi_w.
+
+    pi_w = min(1, k count_w ** 0.75), with k such that the pi_w sum to E. Frequent words are in every sample, boundary
+    symbols are words like any other, <pad> is in none.
 
     Systematic sampling: the words lie on a line in random order, word w as an interval of length pi_w. The points
-    u, u + 1, u + 2, .. with one random u in [0, 1) hit every interval with probability pi_w, and none twice.
+    u, u + 1, u + 2, .. with one random u in [0, 1) hit every interval with probability pi_w, and none twice. So the
+    probabilities are exact, which the usual sampling with replacement does not give.
     """
 
     def __init__(self, counts: np.ndarray, draws: int, seed: int):

@@ -36,6 +36,11 @@ class Part:
         """Made from (label, texts) of each row."""
         return cls([texts for _, texts in rows], np.array([label for label, _ in rows], dtype=np.int64))
 
+    @classmethod
+    def without_labels(cls, texts: list[tuple[str, ...]]) -> "Part":
+        """Texts to be classified; the labels, which nobody knows, are 0."""
+        return cls(texts, np.zeros(len(texts), dtype=np.int64))
+
     def __len__(self) -> int:
         return len(self.labels)
 

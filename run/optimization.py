@@ -8,8 +8,8 @@ from torch import Tensor, nn
 WARMUP = 0.03       # share of the steps in which the learning rate rises
 
 
-def learning_rate_share(step: int, steps: int) -> float:
-    """Share of the highest learning rate: it rises linearly during the warm-up and falls as a cosine to 1 %."""
+def learning_rate_factor(step: int, steps: int) -> float:
+    """Factor of the peak learning rate: it rises linearly during the warm-up and falls as a cosine to 1 %."""
     cosine = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps))
     return min((step + 1) / max(1.0, WARMUP * steps), cosine)
 
@@ -62,10 +62,10 @@ class Optimizers:
                 for weight in group["params"]:
                     weight.grad = None
 
-    def step(self, share: float) -> None:
-        """Updates the weights with this share of the highest learning rates, and removes the gradients."""
+    def step(self, factor: float) -> None:
+        """Updates the weights with this factor of the peak learning rates, and removes the gradients."""
         for group in self.groups:
-            group["lr"] = group["highest_lr"] * share
+            group["lr"] = group["peak_lr"] * factor
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -78,9 +78,9 @@ class Optimizers:
             optimizer.load_state_dict(saved)
 
 
-def group(weights: list[nn.Parameter], highest_lr: float, weight_decay: float = 0.0, start: float = 0.0) -> dict:
+def group(weights: list[nn.Parameter], peak_lr: float, weight_decay: float = 0.0, start: float = 0.0) -> dict:
     """Weights with the same learning rate; start: share of the steps before they begin to learn."""
-    return {"params": weights, "lr": highest_lr, "highest_lr": highest_lr, "weight_decay": weight_decay, "start": start}
+    return {"params": weights, "lr": peak_lr, "peak_lr": peak_lr, "weight_decay": weight_decay, "start": start}
 
 
 def dropout_mask(p: float, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -13,7 +13,7 @@ from data.text import BOS, EOS, PAD, UNK
 from run.files import InputError
 from run.machine import map_on_cores
 from run.metrics import full_softmax_nll
-from run.optimization import Optimizers, clip_gradients, group, learning_rate_share
+from run.optimization import Optimizers, clip_gradients, group, learning_rate_factor
 
 SPECIAL = 4
 
@@ -184,13 +184,13 @@ def test_a_group_that_has_not_started_does_not_move_and_does_not_count_in_the_no
         optimizers.freeze(done)
         assert clip_gradients([early, late], 1e9) == pytest.approx(math.sqrt(2 * 9 + 2 * 16 * (done > 0.5)))
         before = late.detach().clone()
-        optimizers.step(share=1.0)
+        optimizers.step(factor=1.0)
         assert torch.equal(late, before) == (done < 0.5)
     assert early.tolist() == pytest.approx([0.8, 0.8], abs=1e-4)                # Adam's steps are 0.1 each
 
 
 def test_the_learning_rate_rises_and_then_falls_as_a_cosine():
-    shares = [learning_rate_share(step, 1000) for step in range(1001)]
+    shares = [learning_rate_factor(step, 1000) for step in range(1001)]
     assert shares[0] == pytest.approx(1 / 30) and shares[14] == pytest.approx(0.5)
     assert shares[500] == pytest.approx(0.01 + 0.99 / 2) and shares[1000] == pytest.approx(0.01)
     assert max(shares) == pytest.approx(shares[29], abs=1e-2) and shares[29:] == sorted(shares[29:], reverse=True)
@@ -209,7 +209,7 @@ def test_the_gradients_of_a_step_equal_those_of_one_loss_over_both_directions(re
     config = tiny(representation=representation, negatives=1000, dropout=0.0, precision="fp32", clip=1e9)
     data = encoded(SENTENCES * 2, representation=representation)
     trainer = ELMO.Trainer(config, data, torch.device("cpu"))
-    monkeypatch.setattr(trainer.optimizers, "step", lambda share: None)
+    monkeypatch.setattr(trainer.optimizers, "step", lambda factor: None)
     nll, targets = trainer.step(0)
     weights = dict(trainer.model.named_parameters())
     found = {name: weight.grad.to_dense() for name, weight in weights.items() if weight.grad is not None}
