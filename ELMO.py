@@ -44,7 +44,7 @@ from run.files import InputError, folder_lock, write_json
 from run.machine import autocast
 from run.optimization import Optimizers, clip_gradients, dropout_mask, group, learning_rate_factor
 from run.options import check_options, option, script, script_arguments
-from run.progress import Run, options_of_weights
+from run.progress import Run, identity_of
 
 HERE = Path(__file__).resolve().parent
 FORMAT = "elmo-bilm-2"                  # of bilstm.pt; another one if the file's meaning changes
@@ -289,6 +289,7 @@ class Trainer:
         self.device = device
         self.rank, self.world = machine.join_processes()
         self.dtype = machine.compute_dtype(config.precision, device)
+        machine.keep_freed_memory()
         self.workers = machine.Workers(2, device)
         self.model = self.new_model().to(device)
         self.sparse = [self.model.table, self.model.bias]       # their gradients hold only the rows that a step used
@@ -355,8 +356,9 @@ class Trainer:
             real = y != PAD
             nll = sampled_nll(h[real], y[real], self.model.table, self.model.bias, sampled, log_pi).sum()
         weights = [self.model.table, self.model.bias, x, *self.model.lstm_weights(d)]
-        table, bias, x_gradient, *lstms = torch.autograd.grad(nll / targets, weights)
-        return Gradients(nll.detach(), table, bias, x_gradient, lstms)
+        # divided only now, because small gradients would vanish in half precision on the way
+        table, bias, dx, *lstms = (gradient / targets for gradient in torch.autograd.grad(nll, weights))
+        return Gradients(nll.detach(), table, bias, dx, lstms)
 
     @machine.torch_threads(1)
     def step(self, step: int) -> tuple[float, int]:
@@ -397,7 +399,7 @@ class Trainer:
 
     def identity(self) -> dict:
         """What a resumed run must share with the run that it continues."""
-        return options_of_weights(self.config) | {"training rows": self.data.digest}
+        return identity_of(self.config, FORMAT, self.dtype) | {"training rows": self.data.digest}
 
     def state(self) -> dict:
         """Everything that the next step depends on, beside the identity."""
@@ -414,7 +416,7 @@ def train(trainer: Trainer, resume_file: Path | None = None, resume: bool = Fals
     data = trainer.data
 
     def evaluate(train_nll: float) -> tuple[float, dict]:
-        """(number that is lowest for the best epoch, entry of the history); without validation rows the last is best."""
+        """(number that is lowest for the best epoch, entry of the history). Without validation rows: the last."""
         entry = {"train_perplexity": math.exp(train_nll)}
         if len(data.validation) == 0:
             return -run.step, entry
@@ -428,8 +430,7 @@ def train(trainer: Trainer, resume_file: Path | None = None, resume: bool = Fals
                 run.save_best(evaluate)
             if run.stop():                      # the end of training, or Ctrl-C
                 break
-            nll, targets = trainer.step(step)
-            run.count(nll, targets)             # progress, log line, resume state
+            run.count(*trainer.step(step))      # progress, log line, resume state
     return run
 
 
@@ -497,10 +498,7 @@ class ELMo:
             "history": self.history, "metrics": self.metrics})
 
     def weights(self) -> dict[str, Tensor]:
-        """The weights in half precision: {"table": .., "bias": .., "forward.0.weight_ih_l0": .., ..}.
-
-        In the file it is "forward", not "forward_lstms", a name that an attribute of nn.Module cannot have.
-        """
+        """The file's weights in half precision: "forward.0.weight_ih_l0", .. (no attribute may be called `forward`)."""
         return {name.replace("_lstms.", "."): value.cpu().half() for name, value in self.model.state_dict().items()}
 
     def tokenize(self, text: str) -> list[str]:

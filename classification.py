@@ -6,8 +6,7 @@
     setting `function`:   ELMo_k = f(h_{k,0}, h_{k,1}, h_{k,2}), a small network that learns
     a biLSTM reads ELMo_1 .. ELMo_n -> [maximum, attention, mean] over the words -> linear layer -> classes
 
-A head is one classifier, of one setting and one seed. The biLM does not learn and runs once per batch for all heads;
-with --finetune every head has a copy of it that learns.
+A head is one classifier, of one setting and one seed. The biLM runs once per batch for all heads and does not learn.
 
 Shapes: B texts of a batch, T words of the longest, J layers, D width of a layer, H cells of a head's LSTM, C classes,
 N classified rows (B, or B / 2 if a row is a pair of texts).
@@ -45,7 +44,7 @@ from run.machine import autocast
 from run.optimization import Optimizers, clip_gradients, dropout_mask, group, learning_rate_factor, moving_average
 from run.options import check_options, option, script, script_arguments
 from run.pairs import PairMatcher
-from run.progress import Run, options_of_weights
+from run.progress import Run, identity_of
 
 HERE = Path(__file__).resolve().parent
 FORMAT = "elmo-classifier-2"            # of classifier.pt; another one if its meaning changes
@@ -79,7 +78,7 @@ class Config:
     mix_lr: float = option(2e-2, "peak learning rate of w and gamma", max=10)
     bilm_lr: float = option(4e-3, "finetune: peak learning rate of the biLM's top layer", max=10)
     bilm_dropout: float = option(0.1, "finetune: dropout probability of h_0, h_1 and h_2", max=0.95)
-    unfreeze: float = option(0.05, "finetune: share of the steps after which layer 2 begins to learn, then 1, then 0", max=0.5)
+    unfreeze: float = option(0.05, "finetune: share of the steps until layer 2 learns, then 1, then 0", max=0.5)
     weight_decay: float = option(0.01, "AdamW's weight decay, of the head", max=10)
     ema: float = option(0.99, "decay, per 10 steps, of the average of the weights that is evaluated", max=0.99999)
     clip: float = option(1.0, "largest gradient norm of a head, and of the biLM", min=1e-9)
@@ -134,7 +133,7 @@ class LayerFunction(nn.Module):
 
 
 class ELMoVectors:
-    """Word vectors for a head: all layers of a biLM that does not learn, J = 3, D = 2P; baselines have other classes."""
+    """Word vectors for a head: all layers of a biLM that does not learn, J = 3, D = 2P. Baselines have other ones."""
     layers = ELMO.LAYERS + 1
 
     def __init__(self, model: BiLM):
@@ -150,7 +149,7 @@ class ELMoVectors:
             x = self.model.represent(ids.to(self.device), encoded.chars)
 
         def states(d: int) -> list[Tensor]:
-            with torch.no_grad(), autocast(self.device, dtype):             # contexts hold for the thread that enters them
+            with torch.no_grad(), autocast(self.device, dtype):             # contexts hold for one thread
                 return self.model.states(d, x[d])
         forward, backward = map(states, range(2))
         return self.model.join(forward, backward, lengths)
@@ -195,7 +194,7 @@ class Head(nn.Module):
         return self
 
     def dropout_masks(self, B: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Masks of the pooled text (N, ..), drawn first because all settings share it, and of the mix (1, B, width)."""
+        """Masks of the pooled text (N, ..), first because all settings share it, and of the mix (1, B, width)."""
         N = B // 2 if self.config.pair else B
         text = dropout_mask(self.config.dropout, (N, self.text_width), generator)
         mix = dropout_mask(self.config.dropout, (1, B, self.width), generator)
@@ -221,8 +220,7 @@ class Head(nn.Module):
     def read(self, x: Tensor, lengths: Tensor) -> Tensor:
         """(2, T, B, H) states of both directions in reading order, from x (T, B, width).
 
-        Two LSTMs, the second over the words in reverse order. A bidirectional nn.LSTM would read a shorter text's padding
-        before its words; packed sequences would avoid that too, but take a third longer.
+        The second LSTM reads the words in reverse. A bidirectional nn.LSTM would read padding before words.
         """
         forward, _ = self.forward_lstm(x)
         backward, _ = self.backward_lstm(reverse_within_lengths(x, lengths))
@@ -233,7 +231,7 @@ class Head(nn.Module):
         outside = ~inside[:, :, None]                                       # (T, B, 1)
         count = inside.sum(dim=0)[:, None]                                  # (B, 1)
         maximum = h.masked_fill(outside, -torch.inf).amax(dim=1)            # (2, B, H)
-        scores = self.attention(h).float().masked_fill(outside, -1e9)       # (2, T, B, 1); -inf: nan for an empty text
+        scores = self.attention(h).float().masked_fill(outside, -1e9)       # (2, T, B, 1); -inf would give nan
         attention = (h * scores.softmax(dim=1).to(h.dtype)).sum(dim=1)      # (2, B, H)
         mean = h.masked_fill(outside, 0).sum(dim=1) / count.clamp(min=1)    # (2, B, H)
         text = torch.cat([maximum, attention, mean], dim=-1)                # (2, B, 3H)
@@ -252,7 +250,7 @@ class Learner:
         self.seed = seed
         self.modules = nn.ModuleDict({"head": head.to(vectors.device)})
         if config.finetune:
-            self.modules["bilm"] = copy.deepcopy(vectors.model).set_trainable()
+            self.modules["bilm"] = copy.deepcopy(vectors.model).set_trainable().train()
         self.average = AveragedModel(self.modules, avg_fn=moving_average(config.ema))
         self.optimizers = self.new_optimizers()
 
@@ -276,15 +274,15 @@ class Learner:
     def contextual(self, part: EncodedTexts, rows: np.ndarray, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Layers (3, T, B, D) and lengths (B,) by the biLM that learns, with dropout."""
         bilm = self.modules["bilm"]
-        device = bilm.table.device
         sides, lengths = part.sides(rows)
         ids, _ = collate(part.encoded, sides)
         shape = (2, ELMO.LAYERS + 1, 1, len(sides), bilm.config.width)
-        masks = dropout_mask(self.config.bilm_dropout, shape, generator).to(device)
-        return bilm.contextual(ids.to(device), lengths.to(device), part.encoded.chars, masks), lengths.to(device)
+        masks = dropout_mask(self.config.bilm_dropout, shape, generator)
+        ids, lengths, masks = (tensor.to(bilm.table.device) for tensor in (ids, lengths, masks))
+        return bilm.contextual(ids, lengths, part.encoded.chars, masks), lengths
 
-    def step(self, trainer: "Trainer", step: int, rows: np.ndarray, shared: tuple[Tensor, Tensor] | None) -> float:
-        """One update; returns the summed cross-entropy. shared: layers and lengths, unless the biLM learns."""
+    def gradients(self, trainer: "Trainer", step: int, rows: np.ndarray, shared: tuple | None) -> tuple[float, float]:
+        """Computes .grad and clips it; returns (summed cross-entropy, norm). shared: layers and lengths or None."""
         head = self.modules["head"]
         part = trainer.parts["train"]
         gold = part.labels[rows].to(trainer.device)
@@ -294,14 +292,12 @@ class Learner:
             logits = head(layers, lengths, head.dropout_masks(len(lengths), generator))     # (N, C)
         loss = F.cross_entropy(logits, gold, reduction="sum", label_smoothing=self.config.smoothing)
         (loss / len(gold)).backward()
-        self.update(step, trainer.steps)
-        return loss.item()
+        self.optimizers.freeze(step / trainer.steps)                        # what has not begun to learn
+        norms = [clip_gradients(module.parameters(), self.config.clip) for module in self.modules.values()]
+        return loss.item(), sum(norms)
 
     def update(self, step: int, steps: int) -> None:
-        """Updates the weights that have begun to learn, and every AVERAGE_EVERY steps their average."""
-        self.optimizers.freeze(step / steps)
-        for module in self.modules.values():
-            clip_gradients(module.parameters(), self.config.clip)
+        """Updates the weights, and every AVERAGE_EVERY steps their average."""
         self.optimizers.step(learning_rate_factor(step, steps))
         if step % AVERAGE_EVERY == AVERAGE_EVERY - 1 or step + 1 == steps:
             self.average.update_parameters(self.modules)
@@ -319,7 +315,7 @@ class Learner:
 class Trainer:
     """Learners of all settings and seeds, and one training step. Every random number comes from (seed, step).
 
-    A biLM that does not learn reads the batch once for all heads. Then the heads learn side by side, one on each core.
+    A biLM that does not learn reads the batch once for all heads. Then the heads learn, one on each core at a time.
     """
     unit = "rows"       # of the progress bar
     rank = 0            # there is one process
@@ -333,6 +329,7 @@ class Trainer:
         self.digest = digest                    # of the biLM, for `identity`
         self.device = vectors.device
         self.dtype = machine.compute_dtype(config.precision, self.device)
+        machine.keep_freed_memory()
         self.learners = {}                      # by name: "trainable-0", ..
         for setting in config.settings:
             for name, seed in zip(self.names(setting), self.seeds, strict=True):
@@ -372,16 +369,18 @@ class Trainer:
         shared = None
         if not self.config.finetune:
             shared = vectors_of(self.vectors, self.parts["train"], rows, self.dtype, self.workers.map)
-        losses = self.workers.map(lambda learner: learner.step(self, step, rows, shared), self.learners.values())
-        loss = sum(losses) / len(losses)
-        if not math.isfinite(loss):
+        learners = list(self.learners.values())
+        results = self.workers.map(lambda learner: learner.gradients(self, step, rows, shared), learners)
+        if not np.isfinite(results).all():
             raise InputError(f"the loss is not finite at step {step}; start anew with a lower --lr")
-        return loss, len(rows)
+        self.workers.map(lambda learner: learner.update(step, self.steps), learners)
+        return float(np.mean([loss for loss, _ in results])), len(rows)
 
     def identity(self) -> dict:
         """What a resumed run must share with the run that it continues."""
         texts = [part.digest() for part in self.parts.values()]
-        return options_of_weights(self.config) | {"texts": texts, "biLM": self.digest, "seeds": self.seeds}
+        about = {"texts": texts, "biLM": self.digest, "seeds": self.seeds}
+        return identity_of(self.config, FORMAT, self.dtype) | about
 
     def state(self) -> dict:
         """Everything that the next step depends on, beside the identity."""
@@ -405,7 +404,7 @@ class Trainer:
 
 
 def vectors_of(vectors, part: EncodedTexts, rows: np.ndarray, dtype: torch.dtype, map: Callable = map):
-    """Word vectors (J, T, B, D) and lengths (B,) of some rows; for pairs, all first texts come before the second ones."""
+    """Word vectors (J, T, B, D) and lengths (B,) of some rows; of pairs, all first texts come first."""
     sides, lengths = part.sides(rows)
     return vectors(part.encoded, sides, dtype, map), lengths.to(vectors.device)
 
@@ -443,8 +442,7 @@ def train(trainer: Trainer, resume_file: Path | None = None, resume: bool = Fals
                 run.save_best(evaluate)
             if run.stop():                      # the end of training, or Ctrl-C
                 break
-            loss, rows = trainer.step(step)
-            run.count(loss, rows)               # progress, log line, resume state
+            run.count(*trainer.step(step))      # progress, log line, resume state
     return run
 
 
@@ -503,7 +501,7 @@ class Classifier:
             return torch.zeros(0, len(self.labels))
         part = EncodedTexts(Part.without_labels(rows), self.elmo)
         if not part.words.all():
-            empty = part.words.argmin() % len(rows)                         # of a pair, either text can be the empty one
+            empty = part.words.argmin() % len(rows)                         # either text of a pair
             raise InputError(f"text {empty} has no words; there is nothing to classify")
         vectors = ELMoVectors(self.elmo.model)
         dtype = machine.compute_dtype(precision, vectors.device)
@@ -529,8 +527,7 @@ def bilm_of(path: str | Path, content: dict, bilstm: str | Path | None, device: 
 def measure(run: Run, task: Task) -> dict:
     """The numbers of a finished run for its JSON file; `train` is a sample of its rows.
 
-    history [[{step, epoch, seconds, train_loss, validation.{setting}: {loss, accuracy}}]]; settings.{setting}: s, gamma
-    (of each seed; none for `function`), parameters, and the numbers of `run.metrics.classification_numbers`.
+    settings.{setting} has s and gamma of each seed (not for `function`) and `run.metrics.classification_numbers`.
     """
     trainer = run.trainer
     sample = np.random.default_rng([trainer.config.seed, 4]).permutation(len(task.train))[:MEASURED_TRAINING_ROWS]

@@ -119,9 +119,8 @@ class EncodedTexts:
 
     def sides(self, rows: np.ndarray) -> tuple[np.ndarray, torch.Tensor]:
         """Rows of `encoded` for these rows of the task, and their lengths; for pairs all first texts come first."""
-        if self.pair:
-            rows = np.concatenate([rows, rows + len(self.lengths)])
-        return rows, torch.from_numpy(self.words[rows])
+        sides = np.concatenate([rows, rows + len(self.lengths)]) if self.pair else rows
+        return sides, torch.from_numpy(self.words[sides])
 
 
 def check_rows(texts: Sequence[str | tuple[str, str]], config) -> list[tuple[str, ...]]:

@@ -55,16 +55,18 @@ def write_published(path: str | Path, content: dict) -> str:
 
 def read_published(path: str | Path, form: str, keys: set[str]) -> dict:
     """The content of a published file. Raises InputError if the digest does not match or the format is not `form`."""
-    content = read_checkpoint(path, {"format", "weights", "digest"} | keys)
+    content = read_checkpoint(path, {"format", "weights", "digest"})
+    if content["format"] != form:
+        raise InputError(f"{path} has format {content['format']!r} instead of {form!r}: another version of the scripts "
+                         "made it; make it anew with this one")
+    if not keys <= set(content):
+        raise InputError(f"{path} is damaged: it lacks {', '.join(sorted(keys - set(content)))}")
     try:
         actual = digest(content)
     except Exception:       # for example, a weight is no dense tensor: this is not a file that we wrote
         actual = None
     if actual is None or actual != content["digest"]:
         raise InputError(f"{path} is damaged: its contents do not match its digest; restore it or train again")
-    if content["format"] != form:
-        raise InputError(f"{path} has format {content['format']!r} instead of {form!r}: another version of the scripts "
-                         "made it; make it anew with this one")
     return content
 
 

@@ -54,8 +54,12 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """A context in which matrix products take this type. It holds for one thread, so every thread enters its own."""
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    """A context in which matrix products take this type. It holds for one thread, so every thread enters its own.
+
+    autocast's cache of cast weights is one for all threads, and a thread that leaves its context would empty it for the
+    others. Then sums of gradients would be rounded at random. So there is no cache.
+    """
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
 
 
 # ------------------------------------------------------------------------------------------------------- threads
@@ -86,7 +90,6 @@ class Workers:
     def __init__(self, count: int, device: torch.device):
         self.pool = None
         if device.type == "cpu":
-            keep_freed_memory()
             share = max(1, torch.get_num_threads() // count)
             self.pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(share,))
 
@@ -101,16 +104,14 @@ def map_on_cores(call: Callable, items: Sequence, device: torch.device, max_work
     """[call(item) for item in items], on a CPU one item per core at a time, on a GPU one after the other.
 
     The result of an item does not depend on the number of cores, up to rounding. At most `max_workers` items are under
-    way at a time, since each takes memory; with more cores than that, several cores share an item.
+    way at a time, since each takes memory.
     """
     count = min(torch.get_num_threads(), len(items), max_workers)
     if count < 2 or device.type != "cpu":
         return [call(item) for item in items]
     workers = Workers(count, device)
-    with torch_threads(torch.get_num_threads()):        # a new worker lowers the number for all later threads
-        results = workers.map(call, items)
-    workers.pool.shutdown()
-    return results
+    with workers.pool, torch_threads(torch.get_num_threads()):      # a new worker lowers the number for later threads
+        return workers.map(call, items)
 
 
 # ----------------------------------------------------------------------------------------------------- processes

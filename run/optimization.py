@@ -44,8 +44,7 @@ class Optimizers:
     def __init__(self, dense: list[dict], sparse: list[dict], betas: tuple[float, float]):
         self.optimizers = [torch.optim.AdamW(dense, betas=betas, fused=True)]
         if sparse:
-            sparse_groups = [{key: value for key, value in group.items() if key != "weight_decay"} for group in sparse]
-            self.optimizers.append(torch.optim.SparseAdam(sparse_groups, betas=betas))
+            self.optimizers.append(torch.optim.SparseAdam(sparse, betas=betas))     # has no weight decay
 
     @property
     def groups(self) -> list[dict]:

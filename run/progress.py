@@ -108,6 +108,11 @@ def options_of_weights(config) -> dict:
     return {name: value for name, value in asdict(config).items() if name not in without_effect}
 
 
+def identity_of(config, form: str, dtype: torch.dtype) -> dict:
+    """What a resumed run must share with its first part: the format, the type of the products, the options."""
+    return {"format": form, "products": str(dtype)} | options_of_weights(config)
+
+
 class Run:
     """A training run that can be stopped and resumed: its counters, clock, history, best weights and resume file.
 
@@ -204,7 +209,7 @@ class Run:
         if self.finished:
             return True
         votes = torch.tensor([float(self.stop_event.is_set())], device=self.trainer.device)
-        sum_over_processes([votes])         # so that all processes stop before the same step
+        votes, = sum_over_processes([votes])         # so that all processes stop before the same step
         if votes == 0:
             return False
         self.save()

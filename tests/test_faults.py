@@ -18,6 +18,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -52,6 +53,7 @@ OPTIONS = {
                          "--save-every 0.1"}
 FORKS = multiprocessing.get_context("forkserver")       # new processes that have both scripts imported already
 FORKS.set_forkserver_preload(["classification"])
+LOCK = threading.Lock()     # starting a process asks all others for their status, and a status can be read only once
 
 
 class Reference:
@@ -85,7 +87,8 @@ class Reference:
         log.touch()
         argv = self.arguments(name, out, *more)
         process = FORKS.Process(target=run_script, args=(name, argv, log, self.folder / "corpus", before))
-        process.start()
+        with LOCK:
+            process.start()
         return process
 
     def check(self, name: str, out: Path, process: FORKS.Process) -> None:
@@ -109,9 +112,20 @@ def run_script(name: str, argv: list[str], log: Path, corpus: Path, before: Call
     sys.exit(SCRIPTS[name].main(argv))
 
 
+def has_ended(process: FORKS.Process, seconds: float) -> bool:
+    """Waits until a process has ended, but at most for so many seconds."""
+    end = time.monotonic() + seconds
+    while True:
+        with LOCK:
+            alive = process.is_alive()
+        if not alive or time.monotonic() > end:
+            return not alive
+        time.sleep(0.002)
+
+
 def status_of(process: FORKS.Process) -> int:
     """The exit status of a process, when it has ended; -N if signal N ended it."""
-    process.join()
+    assert has_ended(process, 600), "the run takes too long"
     return process.exitcode
 
 
@@ -146,7 +160,7 @@ def saved_step(out: Path) -> int | None:
 def wait_for_state(process: FORKS.Process, out: Path) -> None:
     """Waits until the process has written a state, or has ended."""
     before = time.time_ns()
-    while process.is_alive():
+    while not has_ended(process, 0):
         with suppress(FileNotFoundError):       # the run deletes the state at its end
             if any(file.stat().st_mtime_ns > before for file in out.glob("*.resume.pt")):
                 return
@@ -176,7 +190,7 @@ def kills(reference: Reference, k: int, draw: random.Random, found: Counter) -> 
         if trains:
             wait_for_state(process, out)
             latest = 0.2 * training
-        process.join(draw.uniform(0, latest))
+        has_ended(process, draw.uniform(0, latest))
         send(process, kind)
         status = status_of(process)
         if status == 0:

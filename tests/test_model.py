@@ -346,9 +346,9 @@ def test_bf16_states_are_fp32_states_to_bf16s_precision(elmo):
     ids, _ = ELMO.collate(elmo.encode(SENTENCES), np.arange(4))
     lengths = torch.from_numpy(elmo.encode(SENTENCES).lengths)
     with torch.no_grad():
-        h32 = elmo.model.contextual(ids, lengths)[2]
+        h32 = elmo.model.contextual(ids, lengths, None)[2]
         with torch.autocast("cpu", torch.bfloat16):
-            h16 = elmo.model.contextual(ids, lengths)[2]
+            h16 = elmo.model.contextual(ids, lengths, None)[2]
     assert h16.dtype == torch.bfloat16 and (h32 - h16.float()).abs().max() < 0.05 * h32.abs().max()
     model = ELMO.ELMo.train(SENTENCES, tiny(hidden=32, epochs=150.0, batch_tokens=100, dropout=0.0, precision="bf16"))
     assert model.score(SENTENCES)["forward"]["perplexity"] < 1.6
