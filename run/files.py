@@ -59,7 +59,7 @@ def read_json(path: str | Path) -> Iterator[dict]:
         yield json.loads(read_text(path))
     except InputError:
         raise
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise InputError(f"{path} is not what the scripts write ({error!r}); run them again") from None
 
 

@@ -45,7 +45,7 @@ def grammar(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("grammar")
     sample.write(folder, 6000, seed=1, test_rows=1000)
     ELMO.ELMo.train([text for _, _, text in sample.generate(6000, seed=1)], ELMO.Config(
-        hidden=128, validation=500, epochs=6.0, batch_tokens=1000, negatives=1000, lr=0.006, table_lr=0.006,
+        hidden=128, validation=500, epochs=6.0, seed=1, batch_tokens=1000, negatives=1000, lr=0.006, table_lr=0.006,
         dropout=0.05, min_count=1, log_every=10_000)).save(folder / "bilstm.pt")
     return folder
 
