@@ -194,7 +194,8 @@ class BiLM(nn.Module):
     def contextual(self, ids: Tensor, lengths: Tensor, chars: Tensor | None, masks=(None, None)) -> Tensor:
         """(3, T - 1, B, 2P) vectors of all layers for ids (2, T, B) from `collate`; masks: those of each direction."""
         x = self.represent(ids, chars)
-        forward, backward = (self.states(d, x[d], masks[d]) for d in range(2))
+        forward = self.states(0, x[0], masks[0])
+        backward = self.states(1, x[1], masks[1])
         return self.join(forward, backward, lengths)
 
 
@@ -539,7 +540,8 @@ class ELMo:
         embed = partial(self.embed_batch, encoded, dtype)
         parts = batches(encoded.lengths, 1500 if self.device.type == "cpu" else 6000)
         vectors = [None] * len(texts)
-        for rows, found in zip(parts, machine.map_on_cores(embed, parts, self.device), strict=True):
+        batch_vectors = machine.map_on_cores(embed, parts, self.device)
+        for rows, found in zip(parts, batch_vectors, strict=True):
             for row, of_text in zip(rows, found, strict=True):
                 vectors[row] = of_text
         return vectors
@@ -585,13 +587,11 @@ def measure(elmo: ELMo, data: Data) -> tuple[dict, dict]:
 def publish(run: Run, out: Path, seconds: float) -> None:
     """Measures a finished run and writes OUT/bilstm.pt, the figures and OUT/pretraining.json.
 
-    pretraining.json has, beside config and how it was made: tokens_per_second (training, both directions), vocabulary,
-    parameters, file_mb, digest (of bilstm.pt), unknown {train, validation, test}: share of <unk>,
-    history [{step, epoch, seconds, train_perplexity, validation_perplexity [forward, backward]}],
-    splits.{train, validation, test}: rows, tokens, unigram_perplexity, and for forward and backward the metrics of
-        `run.metrics.Scores` and kneser_ney_perplexity; `fresh`: the same without near copies of training rows,
-    confusion {words, counts}: of the forward model on test rows; rows gold, columns predicted.
-    The metrics in `splits` are those of the half-precision weights in the file; `train` is a sample of its rows.
+    Beside how it was made, pretraining.json has: tokens_per_second (training, both directions), vocabulary, parameters,
+    file_mb, digest, unknown (share of <unk>), history of the epochs, splits.{train (a sample), validation, test}: rows,
+    tokens, unigram_perplexity, and for each direction the metrics of `run.metrics.Scores` and kneser_ney_perplexity;
+    `fresh` has the same without near copies of training rows; confusion {words, counts}: of the forward model on test
+    rows, rows gold, columns predicted. `splits` was measured with the half-precision weights of the file.
     """
     trainer = run.trainer
     elmo = ELMo.from_run(run)

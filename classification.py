@@ -12,7 +12,7 @@ Shapes: B texts of a batch, T words of the longest, J layers, D width of a layer
 N classified rows (B, or B / 2 if a row is a pair of texts).
 
     python classification.py                    AG News in three settings: models/classifier.pt, classification.json
-    python classification.py --finetune         the biLM learns too: models/finetuned.pt
+    python classification.py --finetune         every head has a copy of the biLM, which learns too: models/finetuned.pt
     python classification.py --task sst5        or sst2, nli; --adapt 2 first trains the biLM on the task's texts
     python classification.py --predict "text"   label and probabilities; --predict - reads lines from standard input
 """
@@ -501,8 +501,7 @@ class Classifier:
             return torch.zeros(0, len(self.labels))
         part = EncodedTexts(Part.without_labels(rows), self.elmo)
         if not part.words.all():
-            empty = part.words.argmin() % len(rows)                         # either text of a pair
-            raise InputError(f"text {empty} has no words; there is nothing to classify")
+            raise InputError(f"text {part.words.argmin() % len(rows)} has no words; there is nothing to classify")
         vectors = ELMoVectors(self.elmo.model)
         dtype = machine.compute_dtype(precision, vectors.device)
         return probabilities({"head": self.head}, vectors, part, dtype)["head"]
@@ -530,8 +529,8 @@ def measure(run: Run, task: Task) -> dict:
     settings.{setting} has s and gamma of each seed (not for `function`) and `run.metrics.classification_numbers`.
     """
     trainer = run.trainer
-    sample = np.random.default_rng([trainer.config.seed, 4]).permutation(len(task.train))[:MEASURED_TRAINING_ROWS]
-    sample.sort()
+    order = np.random.default_rng([trainer.config.seed, 4]).permutation(len(task.train))
+    sample = np.sort(order[:MEASURED_TRAINING_ROWS])
     rows = {"train": sample, "validation": None, "test": None}
     p = {part: trainer.probabilities(trainer.parts[part], rows[part]) for part in rows}
     gold = {"train": task.train.labels[sample], "validation": task.validation.labels, "test": task.test.labels}
@@ -558,8 +557,7 @@ def save(path: Path, result: dict, trainer: Trainer, elmo: ELMo) -> None:
     for setting, numbers in result["settings"].items():
         best = numbers["best"]
         modules = trainer.model[f"{setting}-{trainer.seeds[best]}"]
-        accuracy = numbers["validation"]["seeds"][best]["accuracy"]
-        heads[setting] = {"seed": trainer.seeds[best], "validation": accuracy}
+        heads[setting] = {"seed": trainer.seeds[best], "validation": numbers["validation"]["seeds"][best]["accuracy"]}
         weights |= {f"{setting}.{name}": value for name, value in modules["head"].state_dict().items()}
         if config.finetune:                                                 # a run with one setting
             elmo = ELMo(elmo.config, elmo.words, modules["bilm"])

@@ -28,7 +28,8 @@ def batches(lengths: np.ndarray, positions: int, generator: np.random.Generator 
         start = end
     if generator is None:
         return out
-    return [out[i] for i in generator.permutation(len(out))]
+    order_of_batches = generator.permutation(len(out))
+    return [out[i] for i in order_of_batches]
 
 
 def collate(encoded: Encoded, rows: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -113,5 +114,6 @@ class Sampler:
     def draw(self, u: float) -> Tensor:
         """(E,) distinct word ids in ascending order, for u in [0, 1)."""
         points = np.arange(self.draws) + u
-        intervals = np.searchsorted(self.ends, points[points < self.ends[-1]], side="right")
+        points = points[points < self.ends[-1]]             # rounding must not lead past the end of the line
+        intervals = np.searchsorted(self.ends, points, side="right")
         return torch.from_numpy(np.unique(self.order[intervals]))

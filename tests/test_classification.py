@@ -220,6 +220,7 @@ def test_heads_of_one_seed_share_every_weight_of_the_same_shape_but_w(elmo):
     assert "forward_lstm.weight_hh_l0" in shared
     for name in shared:
         assert torch.equal(trainable[name], function[name]), name
+    assert not torch.equal(frozen["forward_lstm.weight_hh_l0"], frozen["backward_lstm.weight_hh_l0"])
     drawn = {name for name in frozen if "weight" in name}
     assert changed(frozen, heads["frozen-8"]) == drawn | {"mix.w"}
 
