@@ -103,7 +103,7 @@ def lstm_layers(config: Config) -> nn.ModuleList:
         lstm = nn.LSTM(config.width, config.hidden, proj_size=projection)
         nn.init.zeros_(lstm.bias_ih_l0)
         nn.init.zeros_(lstm.bias_hh_l0)
-        nn.init.ones_(lstm.bias_ih_l0.data[config.hidden:2 * config.hidden])    # forget gate (Jozefowicz et al. 2015)
+        nn.init.ones_(lstm.bias_ih_l0.data[config.hidden:2 * config.hidden])    # gates i f g o: f (Jozefowicz 2015)
         layers.append(lstm)
     return layers
 
@@ -290,7 +290,7 @@ class Trainer:
         self.device = device
         self.rank, self.world = machine.join_processes()
         self.dtype = machine.compute_dtype(config.precision, device)
-        machine.keep_freed_memory()
+        machine.keep_freed_memory()                         # saves up to a quarter of a step
         self.workers = machine.Workers(2, device)
         self.model = self.new_model().to(device)
         self.sparse = [self.model.table, self.model.bias]       # their gradients hold only the rows that a step used
@@ -328,7 +328,7 @@ class Trainer:
         self.sampler.shuffle(epoch)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """x and y (2, T, B) of a step, the rows of all processes."""
+        """Input ids and targets y (2, T, B) of a step, the rows of all processes."""
         epoch, number = divmod(step, self.per_epoch)
         if epoch != self.epoch:
             self.start_epoch(epoch)
@@ -357,7 +357,7 @@ class Trainer:
             real = y != PAD
             nll = sampled_nll(h[real], y[real], self.model.table, self.model.bias, sampled, log_pi).sum()
         weights = [self.model.table, self.model.bias, x, *self.model.lstm_weights(d)]
-        # divided only now, because small gradients would vanish in half precision on the way
+        # divided only here: a GPU's LSTMs compute in fp16, in which small gradients would vanish on the way
         table, bias, dx, *lstms = (gradient / targets for gradient in torch.autograd.grad(nll, weights))
         return Gradients(nll.detach(), table, bias, dx, lstms)
 
@@ -369,7 +369,7 @@ class Trainer:
         targets = int((y != PAD).sum())
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)
         masks = self.masks(*ids.shape[1:], generator)
-        u = torch.rand((), generator=generator, dtype=torch.float64)                    # places the whole sample
+        u = torch.rand((), generator=generator, dtype=torch.float64)                    # the sample's u, see Sampler
         sampled = self.sampler.draw(u.item()).to(self.device)
         # loss and gradients, each direction on its own core
         with autocast(self.device, self.dtype):

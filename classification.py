@@ -141,8 +141,8 @@ class ELMoVectors:
         self.width = 2 * model.config.width
         self.device = model.table.device
 
-    def __call__(self, encoded: Encoded, rows: np.ndarray, dtype: torch.dtype, map: Callable = map) -> Tensor:
-        """(J, T, B, D) vectors of some rows. `map` runs the two directions, one after the other or side by side."""
+    def __call__(self, encoded: Encoded, rows: np.ndarray, dtype: torch.dtype, run_both: Callable = map) -> Tensor:
+        """(J, T, B, D) vectors of some rows. `run_both` calls a function for the two directions, one after the other or side by side."""
         ids, _ = collate(encoded, rows)
         lengths = torch.from_numpy(encoded.lengths[rows]).to(self.device)
         with torch.no_grad():
@@ -151,7 +151,7 @@ class ELMoVectors:
         def states(d: int) -> list[Tensor]:
             with torch.no_grad(), autocast(self.device, dtype):             # contexts hold for one thread
                 return self.model.states(d, x[d])
-        forward, backward = map(states, range(2))
+        forward, backward = run_both(states, range(2))
         return self.model.join(forward, backward, lengths)
 
 
@@ -190,7 +190,7 @@ class Head(nn.Module):
             elif "bias" in name:
                 weight.zero_()
         for lstm in (self.forward_lstm, self.backward_lstm):
-            lstm.bias_ih_l0[self.config.hidden:2 * self.config.hidden] = 1  # forget gate, as in ELMO.py
+            lstm.bias_ih_l0[self.config.hidden:2 * self.config.hidden] = 1  # forget gates, as in ELMO.py
         return self
 
     def dropout_masks(self, B: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -267,8 +267,8 @@ class Learner:
                 peak_lr = config.bilm_lr / LAYER_DECAY ** (2 - j)
                 start = config.unfreeze * (3 - j)
                 dense.append(group(bilm.layer_weights(j), peak_lr, start=start))
-            if bilm.config.tied:
-                sparse.append(group([bilm.table], peak_lr, start=start))
+                if j == 0 and bilm.config.tied:
+                    sparse.append(group([bilm.table], peak_lr, start=start))
         return Optimizers(dense, sparse, betas=(0.9, 0.99))
 
     def contextual(self, part: EncodedTexts, rows: np.ndarray, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -292,7 +292,7 @@ class Learner:
             logits = head(layers, lengths, head.dropout_masks(len(lengths), generator))     # (N, C)
         loss = F.cross_entropy(logits, gold, reduction="sum", label_smoothing=self.config.smoothing)
         (loss / len(gold)).backward()
-        self.optimizers.freeze(step / trainer.steps)                        # what has not begun to learn
+        self.optimizers.freeze(step / trainer.steps)                        # no gradient before its start
         norms = [clip_gradients(module.parameters(), self.config.clip) for module in self.modules.values()]
         return loss.item(), sum(norms)
 
@@ -329,7 +329,7 @@ class Trainer:
         self.digest = digest                    # of the biLM, for `identity`
         self.device = vectors.device
         self.dtype = machine.compute_dtype(config.precision, self.device)
-        machine.keep_freed_memory()
+        machine.keep_freed_memory()                                         # saves up to a quarter of a step
         self.learners = {}                      # by name: "trainable-0", ..
         for setting in config.settings:
             for name, seed in zip(self.names(setting), self.seeds, strict=True):
@@ -403,10 +403,10 @@ class Trainer:
         return results
 
 
-def vectors_of(vectors, part: EncodedTexts, rows: np.ndarray, dtype: torch.dtype, map: Callable = map):
+def vectors_of(vectors, part: EncodedTexts, rows: np.ndarray, dtype: torch.dtype, run_both: Callable = map):
     """Word vectors (J, T, B, D) and lengths (B,) of some rows; of pairs, all first texts come first."""
     sides, lengths = part.sides(rows)
-    return vectors(part.encoded, sides, dtype, map), lengths.to(vectors.device)
+    return vectors(part.encoded, sides, dtype, run_both), lengths.to(vectors.device)
 
 
 def probabilities(heads: dict, vectors, part: EncodedTexts, dtype: torch.dtype, rows: np.ndarray | None = None) -> dict:

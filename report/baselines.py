@@ -74,8 +74,8 @@ class PartOfELMo(ELMoVectors):
         if kind == "layer0":
             self.width = model.config.width
 
-    def __call__(self, encoded: Encoded, rows: np.ndarray, dtype: torch.dtype, map: Callable = map) -> Tensor:
-        return self.part(super().__call__(encoded, rows, dtype, map))
+    def __call__(self, encoded: Encoded, rows: np.ndarray, dtype: torch.dtype, run_both: Callable = map) -> Tensor:
+        return self.part(super().__call__(encoded, rows, dtype, run_both))
 
 
 class StaticVectors:
@@ -87,7 +87,7 @@ class StaticVectors:
         self.width = table.shape[1]
         self.device = table.device
 
-    def __call__(self, encoded: Encoded, rows: np.ndarray, dtype: torch.dtype, map: Callable = map) -> Tensor:
+    def __call__(self, encoded: Encoded, rows: np.ndarray, dtype: torch.dtype, run_both: Callable = map) -> Tensor:
         ids, _ = collate(replace(encoded, chars=None), rows)                # without characters: ids of words
         words = ids[0, 1:].to(self.device)                                  # (T, B), without <s>
         return F.embedding(words, self.table)[None].to(dtype)

@@ -137,8 +137,8 @@ def senses_line(r: dict) -> tuple[str, str, str]:
 def speed_line(r: dict) -> tuple[str, str, str]:
     """Training speed, with the machine."""
     machine = r["machine"]
-    what = f"targets per second of training on {machine['cores']} cores ({machine['device']})"
-    return what, f"{r['tokens_per_second']:,.0f}", r["command"]
+    what = f"targets per second of training on {machine['cores']} cores ({machine['device']}); beside one busy process"
+    return what, f"{r['tokens_per_second']:,.0f}; {r['busy_tokens_per_second']:,.0f}", r["command"]
 
 
 def kills_line(r: dict) -> tuple[str, str, str]:

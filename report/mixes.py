@@ -55,8 +55,8 @@ class ELMoAndWord2Vec(ELMoVectors):
         if self.width < word2vec.width:
             raise InputError(f"the biLM's vectors have {self.width} numbers; `mixes` needs {word2vec.width}")
 
-    def __call__(self, encoded: Encoded, rows: np.ndarray, dtype: torch.dtype, map: Callable = map) -> Tensor:
-        layers = super().__call__(encoded, rows, dtype, map)                    # (3, T, B, D)
+    def __call__(self, encoded: Encoded, rows: np.ndarray, dtype: torch.dtype, run_both: Callable = map) -> Tensor:
+        layers = super().__call__(encoded, rows, dtype, run_both)                    # (3, T, B, D)
         word2vec = self.word2vec(encoded, rows, layers.dtype)                   # (1, T, B, 300)
         return torch.cat([layers, F.pad(word2vec, (0, self.width - self.word2vec.width))])
 
