@@ -142,7 +142,7 @@ class ELMoVectors:
         self.device = model.table.device
 
     def __call__(self, encoded: Encoded, rows: np.ndarray, dtype: torch.dtype, run_both: Callable = map) -> Tensor:
-        """(J, T, B, D) vectors of some rows. `run_both` calls a function for the two directions, one after the other or side by side."""
+        """(J, T, B, D) vectors of some rows. `run_both` runs the directions, one after the other or side by side."""
         ids, _ = collate(encoded, rows)
         lengths = torch.from_numpy(encoded.lengths[rows]).to(self.device)
         with torch.no_grad():
