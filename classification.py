@@ -476,6 +476,8 @@ class Classifier:
                 setting = max(heads, key=lambda name: heads[name]["validation"])
             if setting not in heads:
                 raise InputError(f"{path} has no setting {setting!r}; expected one of {', '.join(heads)}")
+            if not content["labels"]:
+                raise ValueError("there are no labels")
             elmo = bilm_of(path, content, bilstm, device)
             vectors = ELMoVectors(elmo.model)
             with torch.device("meta"):          # allocates nothing before the sizes are known to fit
@@ -524,10 +526,7 @@ def bilm_of(path: str | Path, content: dict, bilstm: str | Path | None, device: 
 
 # ------------------------------------------------------------------------------------------------ publication
 def measure(run: Run, task: Task) -> dict:
-    """The numbers of a finished run for its JSON file; `train` is a sample of its rows.
-
-    settings.{setting} has s and gamma of each seed (not for `function`) and `run.metrics.classification_numbers`.
-    """
+    """The numbers of a finished run for its JSON: s and gamma by seed, and `run.metrics.classification_numbers`."""
     trainer = run.trainer
     order = np.random.default_rng([trainer.config.seed, 4]).permutation(len(task.train))
     sample = np.sort(order[:MEASURED_TRAINING_ROWS])

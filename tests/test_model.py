@@ -11,7 +11,7 @@ import ELMO
 from data.batches import Sampler, batches
 from data.text import BOS, EOS, PAD, UNK
 from run.files import InputError
-from run.machine import map_on_cores
+from run.machine import autocast, map_on_cores
 from run.metrics import full_softmax_nll
 from run.optimization import Optimizers, clip_gradients, group, learning_rate_factor
 
@@ -352,6 +352,15 @@ def test_bf16_states_are_fp32_states_to_bf16s_precision(elmo):
     assert h16.dtype == torch.bfloat16 and (h32 - h16.float()).abs().max() < 0.05 * h32.abs().max()
     model = ELMO.ELMo.train(SENTENCES, tiny(hidden=32, epochs=150.0, batch_tokens=100, dropout=0.0, precision="bf16"))
     assert model.score(SENTENCES)["forward"]["perplexity"] < 1.6
+
+
+def test_threads_do_not_share_a_cache_of_cast_weights():
+    weight = torch.nn.Parameter(torch.randn(4, 4))
+    with autocast(torch.device("cpu"), torch.bfloat16):
+        first = torch.nn.functional.linear(torch.ones(1, 4), weight).sum()
+        second = torch.nn.functional.linear(torch.full((1, 4), 2**-9), weight).sum()
+    (first + second).backward()         # with a cache the two gradients would be added in bf16, which loses 2**-9
+    assert weight.grad[0, 0].item() == 1 + 2**-9
 
 
 def test_texts_without_a_token_can_be_trained_on():

@@ -198,6 +198,14 @@ def test_a_resumed_run_ends_with_the_same_weights_whatever_the_representation_an
     assert same(second.model.state_dict(), undisturbed.trainer.model.state_dict())
 
 
+def test_a_run_stops_if_any_process_was_asked_to(tmp_path, monkeypatch):
+    trainer = ELMO.Trainer(tiny(), Data.of(SENTENCES * 3, tiny(), np.arange(12), np.arange(0)), CPU)
+    for votes in (0.0, 1.0):            # those of the other process
+        with monkeypatch.context() as patch, Run(trainer, tmp_path / "resume.pt") as run:
+            patch.setattr("run.progress.sum_over_processes", lambda own, votes=votes: [own[0] + votes])
+            assert run.stop() == (votes > 0)
+
+
 def test_two_processes_train_as_one_does_on_the_same_batches(corpus, tmp_path):
     short = ["--batch-tokens", "30", "--epochs", "0.04", "--dropout", "0.2", "--word-dropout", "0.1",
              "--precision", "fp32"]
