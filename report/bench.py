@@ -12,7 +12,8 @@ order in the second one, after a warm-up that does not count. Ratios are taken w
     busy_over_idle_tokens, busy_over_idle_classification: the share of the idle speed that is left beside it
     common_loop_tokens_per_second, plain_loop_tokens_per_second: training by `common_loop` and `plain_loop` below
     times_common_loop, times_plain_loop: tokens_per_second over these
-    step_seconds_{10k, 28k, 100k, 800k}: a training step with so many words, on the same rows; step_time_800k_over_28k
+    step_seconds_{10k, 28k, 100k, 800k}: a training step with so many words, on the same rows;
+        largest_vocabulary_over_published: the time with 800k over that with 28k
     embed_fp32_per_second, embed_bf16_per_second: descriptions through `ELMo.embed_stream`
     predict_per_second: descriptions through `Classifier.predict`, in bf16 if it is fast
     tokenize_rows_per_second: descriptions, into an empty cache; tokenize_open_seconds: opening that cache again
@@ -64,7 +65,7 @@ RATIOS = {                                                  # name: (numerator, 
     "busy_over_idle_classification": ("busy_classification_rows_per_second", "classification_rows_per_second"),
     "times_common_loop": ("tokens_per_second", "common_loop_tokens_per_second"),
     "times_plain_loop": ("tokens_per_second", "plain_loop_tokens_per_second"),
-    "step_time_800k_over_28k": ("step_seconds_800k", "step_seconds_28k")}
+    "largest_vocabulary_over_published": ("step_seconds_800k", "step_seconds_28k")}
 
 
 # ------------------------------------------------------------------------------------------------ other loops

@@ -198,7 +198,7 @@ def executed(notebook: Path) -> str:
     except ValueError as error:
         raise InputError(f"{notebook} is no notebook: {one_line(error)}; restore it") from None
     resources = {"metadata": {"path": str(notebook.parent)}}        # the folder in which the cells run
-    client = NotebookClient(book, timeout=300, record_timing=False, resources=resources,
+    client = NotebookClient(book, timeout=300, record_timing=False, coalesce_streams=True, resources=resources,
                             extra_arguments=["--log-level=ERROR"])
     try:
         client.execute()
