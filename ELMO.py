@@ -21,7 +21,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -179,7 +179,7 @@ class BiLM(nn.Module):
         return states
 
     def join(self, forward: list[Tensor], backward: list[Tensor], lengths: Tensor) -> Tensor:
-        """(3, T - 1, B, 2P) vectors of the words in reading order, boundaries left out, from both directions' states.
+        """(3, T - 1, B, 2P) vectors of the words in reading order, without boundaries, from both directions' states.
 
         The state of word k is the one after reading it: position k of the forward model, whose position 0 is <s>. The
         backward model reads word n first, so its states are reversed within each sentence; lengths (B,).
@@ -191,12 +191,23 @@ class BiLM(nn.Module):
             layers.append(torch.cat([forward_h[1:], in_reading_order], dim=-1).to(dtype))
         return torch.stack(layers)
 
-    def contextual(self, ids: Tensor, lengths: Tensor, chars: Tensor | None, masks=(None, None)) -> Tensor:
-        """(3, T - 1, B, 2P) vectors of all layers for ids (2, T, B) from `collate`; masks: those of each direction."""
-        x = self.represent(ids, chars)
-        forward = self.states(0, x[0], masks[0])
-        backward = self.states(1, x[1], masks[1])
-        return self.join(forward, backward, lengths)
+    def contextual(self, ids: Tensor, lengths: Tensor, chars: Tensor | None, dtype: torch.dtype = torch.float32,
+                   masks=(None, None), run_both: Callable = map) -> Tensor:
+        """(3, T - 1, B, 2P) vectors of all layers for ids (2, T, B) from `collate`, by products of type `dtype`.
+
+        masks: those of each direction; run_both(call, [0, 1]) runs the directions, in this thread or side by side.
+        """
+        device = self.table.device
+        learns = torch.is_grad_enabled()
+        with autocast(device, dtype):
+            x = self.represent(ids.to(device), chars)
+
+        def states(d: int) -> list[Tensor]:
+            with autocast(device, dtype), torch.set_grad_enabled(learns):           # both hold for one thread only
+                return self.states(d, x[d], masks[d])
+
+        forward, backward = run_both(states, range(2))
+        return self.join(forward, backward, lengths.to(device))
 
 
 class ScalarMix(nn.Module):
@@ -292,13 +303,14 @@ class Trainer:
         self.dtype = machine.compute_dtype(config.precision, device)
         machine.keep_freed_memory()                         # saves up to a quarter of a step
         self.workers = machine.Workers(2, device)
-        self.model = self.new_model().to(device)
+        counts = data.counts()
+        self.model = self.new_model(counts).to(device)
         self.sparse = [self.model.table, self.model.bias]       # their gradients hold only the rows that a step used
         self.dense = [weight for name, weight in self.model.named_parameters()
                       if weight.requires_grad and name not in ("table", "bias")]
         self.optimizers = Optimizers([group(self.dense, config.lr, config.weight_decay)],
                                      [group(self.sparse, config.table_lr)], (config.beta1, config.beta2))
-        self.sampler = Sampler(data.counts(), config.negatives, config.seed)
+        self.sampler = Sampler(counts, config.negatives, config.seed)
         self.log_pi = self.sampler.log_pi.to(device)
         self.lengths = data.encoded.lengths[data.train]
         self.start_epoch(0)
@@ -306,12 +318,11 @@ class Trainer:
         self.interval = self.per_epoch                      # steps between evaluations
         self.steps = round(config.epochs * self.per_epoch)
 
-    def new_model(self) -> BiLM:
+    def new_model(self, counts: np.ndarray) -> BiLM:
         """A model with random weights, a softmax bias of log frequencies, and Word2Vec's vectors if they are wanted."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
             model = BiLM(self.config, len(self.data.words))
-        counts = self.data.counts()
         model.bias.data[:, 0] = torch.from_numpy(np.log(np.maximum(counts, 0.5) / counts.sum()))
         if self.config.representation == "word2vec":
             vectors = word2vec(self.data, self.config.width, self.config.seed)
@@ -347,10 +358,7 @@ class Trainer:
         return masks
 
     def direction(self, d: int, x: Tensor, y: Tensor, masks: list[Tensor], sampled: Tensor, targets: int) -> Gradients:
-        """Forward and backward pass of direction d over its representations x (T, B, P) and targets y (T, B).
-
-        The gradients are returned, not added to .grad, so that `collect` can add both directions' in a fixed order.
-        """
+        """Forward and backward pass of direction d over its x (T, B, P) and y (T, B); `collect` puts it into .grad."""
         log_pi = self.log_pi[sampled]
         with autocast(self.device, self.dtype):
             h = self.model.states(d, x, masks)[-1]                                      # (T, B, P)
@@ -528,31 +536,23 @@ class ELMo:
         return self.embed_windows(iter(texts), dtype, window)
 
     def embed_windows(self, texts: Iterator[str], dtype: torch.dtype, window: int) -> Iterator[Tensor]:
-        """The tensors of all texts, `window` texts at a time."""
-        chunk = list(islice(texts, window))
-        while chunk:
-            yield from self.embed_window(chunk, dtype)
-            chunk = list(islice(texts, window))
-
-    def embed_window(self, texts: list[str], dtype: torch.dtype) -> list[Tensor]:
-        """The tensors of some texts, computed in batches of about equal length."""
-        encoded = self.encode(texts)
-        embed = partial(self.embed_batch, encoded, dtype)
-        parts = batches(encoded.lengths, 1500 if self.device.type == "cpu" else 6000)
-        vectors = [None] * len(texts)
-        batch_vectors = machine.map_on_cores(embed, parts, self.device)
-        for rows, found in zip(parts, batch_vectors, strict=True):
-            for row, of_text in zip(rows, found, strict=True):
-                vectors[row] = of_text
-        return vectors
+        """The tensors of all texts, `window` texts at a time, computed in batches of about equal length."""
+        while chunk := list(islice(texts, window)):
+            encoded = self.encode(chunk)
+            parts = batches(encoded.lengths, 1500 if self.device.type == "cpu" else 6000)
+            found = machine.map_on_cores(partial(self.embed_batch, encoded, dtype), parts, self.device)
+            vectors = {}
+            for rows, of_rows in zip(parts, found, strict=True):
+                vectors.update(zip(rows.tolist(), of_rows, strict=True))
+            for row in range(len(chunk)):
+                yield vectors[row]
 
     @torch.no_grad()
     def embed_batch(self, encoded: Encoded, dtype: torch.dtype, rows: np.ndarray) -> list[Tensor]:
         """One (3, tokens, D) float32 CPU tensor per row."""
         ids, _ = collate(encoded, rows)
         lengths = torch.from_numpy(encoded.lengths[rows])
-        with autocast(self.device, dtype):
-            h = self.model.contextual(ids.to(self.device), lengths.to(self.device), encoded.chars)
+        h = self.model.contextual(ids, lengths, encoded.chars, dtype)
         h = h.transpose(1, 2).float().cpu()                                                 # (3, B, T - 1, D)
         return [h[:, b, :n].clone() for b, n in enumerate(lengths)]
 

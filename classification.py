@@ -141,18 +141,12 @@ class ELMoVectors:
         self.width = 2 * model.config.width
         self.device = model.table.device
 
+    @torch.no_grad()
     def __call__(self, encoded: Encoded, rows: np.ndarray, dtype: torch.dtype, run_both: Callable = map) -> Tensor:
         """(J, T, B, D) vectors of some rows. `run_both` runs the directions, one after the other or side by side."""
         ids, _ = collate(encoded, rows)
-        lengths = torch.from_numpy(encoded.lengths[rows]).to(self.device)
-        with torch.no_grad():
-            x = self.model.represent(ids.to(self.device), encoded.chars)
-
-        def states(d: int) -> list[Tensor]:
-            with torch.no_grad(), autocast(self.device, dtype):             # contexts hold for one thread
-                return self.model.states(d, x[d])
-        forward, backward = run_both(states, range(2))
-        return self.model.join(forward, backward, lengths)
+        lengths = torch.from_numpy(encoded.lengths[rows])
+        return self.model.contextual(ids, lengths, encoded.chars, dtype, run_both=run_both)
 
 
 # ------------------------------------------------------------------------------------------------------- head
@@ -271,15 +265,14 @@ class Learner:
                     sparse.append(group([bilm.table], peak_lr, start=start))
         return Optimizers(dense, sparse, betas=(0.9, 0.99))
 
-    def contextual(self, part: EncodedTexts, rows: np.ndarray, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def contextual(self, part: EncodedTexts, rows: np.ndarray, dtype: torch.dtype, generator: torch.Generator):
         """Layers (3, T, B, D) and lengths (B,) by the biLM that learns, with dropout."""
         bilm = self.modules["bilm"]
         sides, lengths = part.sides(rows)
         ids, _ = collate(part.encoded, sides)
         shape = (2, ELMO.LAYERS + 1, 1, len(sides), bilm.config.width)
-        masks = dropout_mask(self.config.bilm_dropout, shape, generator)
-        ids, lengths, masks = (tensor.to(bilm.table.device) for tensor in (ids, lengths, masks))
-        return bilm.contextual(ids, lengths, part.encoded.chars, masks), lengths
+        masks = dropout_mask(self.config.bilm_dropout, shape, generator).to(bilm.table.device)
+        return bilm.contextual(ids, lengths, part.encoded.chars, dtype, masks), lengths.to(bilm.table.device)
 
     def gradients(self, trainer: "Trainer", step: int, rows: np.ndarray, shared: tuple | None) -> tuple[float, float]:
         """Computes .grad and clips it; returns (summed cross-entropy, norm). shared: layers and lengths or None."""
@@ -287,8 +280,10 @@ class Learner:
         part = trainer.parts["train"]
         gold = part.labels[rows].to(trainer.device)
         generator = torch.Generator().manual_seed((self.seed + 1) * 1_000_003 + step)
+        if shared is None:
+            shared = self.contextual(part, rows, trainer.dtype, generator)
+        layers, lengths = shared
         with autocast(trainer.device, trainer.dtype):
-            layers, lengths = self.contextual(part, rows, generator) if shared is None else shared
             logits = head(layers, lengths, head.dropout_masks(len(lengths), generator))     # (N, C)
         loss = F.cross_entropy(logits, gold, reduction="sum", label_smoothing=self.config.smoothing)
         (loss / len(gold)).backward()

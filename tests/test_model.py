@@ -347,8 +347,7 @@ def test_bf16_states_are_fp32_states_to_bf16s_precision(elmo):
     lengths = torch.from_numpy(elmo.encode(SENTENCES).lengths)
     with torch.no_grad():
         h32 = elmo.model.contextual(ids, lengths, None)[2]
-        with torch.autocast("cpu", torch.bfloat16):
-            h16 = elmo.model.contextual(ids, lengths, None)[2]
+        h16 = elmo.model.contextual(ids, lengths, None, torch.bfloat16)[2]
     assert h16.dtype == torch.bfloat16 and (h32 - h16.float()).abs().max() < 0.05 * h32.abs().max()
     model = ELMO.ELMo.train(SENTENCES, tiny(hidden=32, epochs=150.0, batch_tokens=100, dropout=0.0, precision="bf16"))
     assert model.score(SENTENCES)["forward"]["perplexity"] < 1.6
