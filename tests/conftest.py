@@ -1,23 +1,62 @@
-"""Small models and corpora that several tests share; real data only where a test says so."""
+"""What several tests share: small models, corpora and runs of both scripts; real data only where a test says so."""
+import io
+import json
 import os
+import random
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
+import classification
 import ELMO
 from data import sample
+from data.ag_news import read_csv
+from data.tasks import EncodedTexts, Part
 
 ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = {"ELMO.py": ELMO, "classification.py": classification}
+FILES = {"ELMO.py": "bilstm.pt", "classification.py": "classifier.pt"}
+SMALL = {
+    "ELMO.py": "--hidden 12 --validation 60 --epochs 3 --batch-tokens 300 --negatives 50 --lr 0.01 --table-lr 0.01 "
+               "--min-count 2 --log-every 20 --save-every 0.1",
+    "classification.py": "--hidden 6 --setting trainable --seeds 2 --batch-tokens 300 --epochs 2 --log-every 20 "
+                         "--save-every 0.1 --precision fp32"}
 torch.set_num_threads(1)        # small models are not faster with more, and do not wait for a busy core
 SENTENCES = ["oil prices fall .", "the cat sat on the mat .", "he won the match today , said the coach .", "goal !"]
 
 
+# ------------------------------------------------------------------------------------------------- small models
 def tiny(**options) -> ELMO.Config:
     """A model of a few thousand weights that trains in a second."""
     return ELMO.Config(**{"hidden": 12, "min_count": 1, "epochs": 3.0, "batch_tokens": 60, "negatives": 8,
                           "lr": 0.01, "table_lr": 0.01, "log_every": 10_000} | options)
+
+
+def encoded(sentences: list[str], **options) -> ELMO.Data:
+    """Data of whitespace-ready sentences, all of them training rows."""
+    return ELMO.Data.of(sentences, tiny(**options), np.arange(len(sentences)), np.arange(0))
+
+
+def trainer_of(elmo: ELMO.ELMo, **options) -> classification.Trainer:
+    """A trainer of heads on 120 short random texts, in fp32."""
+    draw = random.Random(0)
+    words = " ".join(SENTENCES).split()
+    rows = [(k % 4, (" ".join(draw.choices(words, k=1 + k % 11)),)) for k in range(150)]
+    parts = {"train": EncodedTexts(Part.of(rows[:120]), elmo), "validation": EncodedTexts(Part.of(rows[120:]), elmo)}
+    small = {"hidden": 6, "batch_tokens": 60, "precision": "fp32", "log_every": 10_000}
+    config = classification.Config(**small | options)
+    return classification.Trainer(config, classification.ELMoVectors(elmo.model), parts, 4)
+
+
+def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
+    """Names of the weights that differ between two state dicts of the same names."""
+    assert before.keys() == after.keys()
+    return {name for name, weight in before.items() if not torch.equal(weight, after[name])}
 
 
 @pytest.fixture(scope="session")
@@ -31,12 +70,26 @@ def elmo() -> ELMO.ELMo:
     return model
 
 
+# ------------------------------------------------------------------------------------------------------ corpora
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     """A folder with train.csv (600 rows) and test.csv (100) of the built-in corpus."""
     folder = tmp_path_factory.mktemp("corpus")
     sample.write(folder, 600, seed=0, test_rows=100)
     return folder
+
+
+def labelled(file: Path, rows=slice(None)) -> tuple[list[str], np.ndarray]:
+    """The descriptions and the classes, from 0 on, of rows of an AG News file."""
+    table = read_csv(file).iloc[rows]
+    return table.description.tolist(), table["class"].to_numpy() - 1
+
+
+@pytest.fixture
+def builtin(corpus, monkeypatch) -> Path:
+    """The same with $AG_NEWS_DIR naming it, for main(argv) in this process."""
+    monkeypatch.setenv("AG_NEWS_DIR", str(corpus))
+    return corpus
 
 
 @pytest.fixture(scope="session")
@@ -50,13 +103,6 @@ def grammar(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def builtin(corpus, monkeypatch) -> Path:
-    """The same with $AG_NEWS_DIR naming it, for main(argv) in this process."""
-    monkeypatch.setenv("AG_NEWS_DIR", str(corpus))
-    return corpus
-
-
 @pytest.fixture(scope="session")
 def ag_news() -> Path:
     """$AG_NEWS_DIR with the real rows; the test is skipped if it is not set."""
@@ -66,6 +112,65 @@ def ag_news() -> Path:
     return folder
 
 
-def encoded(sentences: list[str], **options) -> ELMO.Data:
-    """Data of whitespace-ready sentences, all of them training rows."""
-    return ELMO.Data.of(sentences, tiny(**options), np.arange(len(sentences)), np.arange(0))
+# ------------------------------------------------------------------------------------------------- both scripts
+def arguments(name: str, out: Path, bilstm: Path, *more: str) -> list[str]:
+    """The command line of a small run of a script in the folder `out`; classification.py uses the biLM in `bilstm`."""
+    options = SMALL[name].split()
+    if name == "classification.py":
+        options += ["--bilstm", str(bilstm)]
+    return ["--out", str(out), *options, *more]
+
+
+def files(folder: Path) -> list[str]:
+    """Every file in a folder, except the lock of a run."""
+    found = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return sorted(str(path.relative_to(folder)) for path in found)
+
+
+def snapshot(folder: Path) -> dict[Path, bytes | None]:
+    """Everything in a folder, with the content of the files."""
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def refused(name: str, argv: list[str], folder: Path, main: Callable | None = None) -> str:
+    """The one sentence that a wrong input gets; the exit status is 2, and nothing is written to `folder`.
+
+    main: the program of this name, if it is neither of the scripts.
+    """
+    main = main or SCRIPTS[name].main
+    before = snapshot(folder)
+    printed = io.StringIO()
+    with redirect_stderr(printed):
+        status = main(argv)
+    message = printed.getvalue()
+    assert status == 2, f"exit status {status}: {message!r}"
+    assert message.startswith(f"{name}: ") and message.count("\n") == 1, message
+    assert snapshot(folder) == before, "something was written"
+    return message
+
+
+@pytest.fixture(scope="session")
+def whole(corpus, tmp_path_factory) -> Path:
+    """A folder with what both scripts write, classification.py in all settings, and whole.log with what they print."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    with pytest.MonkeyPatch.context() as patch, open(f"{out}.log", "w") as log, redirect_stdout(log):
+        patch.setenv("AG_NEWS_DIR", str(corpus))
+        assert ELMO.main(arguments("ELMO.py", out, out)) == 0
+        assert classification.main(arguments("classification.py", out, out / "bilstm.pt", "--setting", "all")) == 0
+    return out
+
+
+def numbers(name: str, folder: Path = ROOT / "models") -> dict:
+    """The content of a JSON file of the scripts; by default a committed one."""
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def classifier(folder: Path, setting: str | None = None) -> classification.Classifier:
+    """The classifier in a folder that both scripts have written."""
+    return classification.Classifier.load(folder / "classifier.pt", folder / "bilstm.pt", setting)
+
+
+@pytest.fixture(scope="session")
+def bilm(whole) -> ELMO.ELMo:
+    """The biLM of the small run."""
+    return ELMO.ELMo.load(whole / "bilstm.pt")

@@ -4,7 +4,10 @@ import subprocess
 import sys
 import time
 from functools import partial
+from itertools import count
+from threading import Event
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -37,11 +40,11 @@ def test_the_plain_loop_has_elmos_model_and_the_full_softmax(hidden):
         assert model.nll(d, x[d], y[d]).item() == pytest.approx(scores.nll[d].sum(), rel=1e-5)
 
 
-@pytest.mark.parametrize("make, lr", [(bench.common_loop, None), (bench.plain_loop, 0.02)])
+@pytest.mark.parametrize("make, lr", [(bench.common_loop, 0.01), (bench.plain_loop, 0.02)])
 def test_the_other_loops_learn_and_count_their_targets(make, lr, monkeypatch):
     monkeypatch.setattr(bench, "COMMON_WORDS", 400)
     torch.manual_seed(0)
-    config = tiny(batch_tokens=300, hidden=16, width=16, lr=lr or 0.01)
+    config = tiny(batch_tokens=300, hidden=16, width=16, lr=lr)
     data = encoded([text for _, _, text in sample.generate(150)])
     loop = make(config, data, CPU)
     passes = [loop.step(number) for number in range(2 * len(loop.batches))]
@@ -65,12 +68,8 @@ def test_a_resized_vocabulary_keeps_the_rows_and_turns_rare_words_into_unk():
 
 # -------------------------------------------------------------------------------------------------- measuring
 def test_the_second_repeat_takes_the_measures_in_the_opposite_order():
-    order = []
-    def measure(name):
-        order.append(name)
-        return {name: len(order)}
-    repeats = bench.interleaved([lambda: measure("a"), lambda: measure("b")])
-    assert order == ["a", "b", "b", "a", "a", "b"]
+    number = count(1)
+    repeats = bench.interleaved([lambda: {"a": next(number)}, lambda: {"b": next(number)}])
     assert repeats == [{"a": 1, "b": 2}, {"b": 3, "a": 4}, {"a": 5, "b": 6}]
 
 
@@ -107,7 +106,7 @@ subprocess.Popen([sys.executable, "-c", sys.argv[1], str(os.getpid())])"""      
 def test_the_bench_writes_medians_and_ratios_taken_within_a_repeat(builtin, elmo, tmp_path, monkeypatch):
     config = classification.Config(hidden=8)
     head = classification.Head(config, "trainable", 3, 2 * elmo.config.width, 4).initialize(0)
-    classifier = classification.Classifier(config, ["a", "b", "c", "d"], head, elmo)
+    classifier = classification.Classifier(config, list("abcd"), head, elmo)
     monkeypatch.setattr(classification, "Config", partial(classification.Config, hidden=8))
     monkeypatch.setattr(classification.Classifier, "load", lambda *files, **device: classifier)
     monkeypatch.setattr(bench, "SIZES", {"10k": 500, "28k": 700, "100k": 1000, "800k": 5000})
@@ -121,10 +120,10 @@ def test_the_bench_writes_medians_and_ratios_taken_within_a_repeat(builtin, elmo
         assert name in bench.__doc__ or name.startswith("step_seconds_"), name
     for name in result["repeats"][0]:
         assert result[name] == sorted(repeat[name] for repeat in result["repeats"])[1]
-    for repeat in result["repeats"]:
-        assert repeat["busy_over_idle_tokens"] == repeat["busy_tokens_per_second"] / repeat["tokens_per_second"]
-        assert repeat["times_common_loop"] == repeat["tokens_per_second"] / repeat["common_loop_tokens_per_second"]
-        assert repeat["largest_vocabulary_over_published"] == repeat["step_seconds_800k"] / repeat["step_seconds_28k"]
+    for r in result["repeats"]:
+        assert r["busy_over_idle_tokens"] == r["busy_tokens_per_second"] / r["tokens_per_second"]
+        assert r["times_common_loop"] == r["tokens_per_second"] / r["common_loop_tokens_per_second"]
+        assert r["largest_vocabulary_over_published"] == r["step_seconds_800k"] / r["step_seconds_28k"]
     assert (result["config"]["hidden"], result["tokenized_rows"]) == (12, 700)
 
 
@@ -154,15 +153,12 @@ def test_a_sweep_of_classifiers_scores_no_test_row(builtin, tmp_path, monkeypatc
     elmo = ELMO.ELMo.train([text for _, _, text in sample.generate(100)], tiny(validation=20, epochs=1.0))
     elmo.save(tmp_path / "models" / "bilstm.pt")
     monkeypatch.setattr(ELMO, "HERE", tmp_path)
-    parts = []
-    trainer = classification.Trainer
-    def remember(config, vectors, of_run, *rest):
-        parts.append(set(of_run))
-        return trainer(config, vectors, of_run, *rest)
-    monkeypatch.setattr(classification, "Trainer", remember)
+    trainer = Mock(wraps=classification.Trainer)
+    monkeypatch.setattr(classification, "Trainer", trainer)
     argv = ["classification.py", "--search", "setting=trainable,frozen", "--trials", "1", "--out", str(tmp_path)]
     assert sweep.main([*argv, "--hidden", "6", "--rows", "60"]) == 0
     assert (tmp_path / "classification.toml").read_text() in ("setting = 'trainable'\n", "setting = 'frozen'\n")
+    parts = [set(made.args[2]) for made in trainer.call_args_list]
     assert parts == [{"train", "validation"}] * 2          # the one that names the search, and the trial
 
 
@@ -172,27 +168,25 @@ def test_a_sweep_of_classifiers_scores_no_test_row(builtin, tmp_path, monkeypatc
         "colour=1:2", "min_count=1:5", "lr=0.1:0.01", "lr=a:b", "lr=0:1:log", "hidden=1.5:3", "lr", "lr=1:2:3"))])
 def test_a_sweep_refuses_wrong_inputs_in_one_sentence(tmp_path, capsys, wrong):
     assert sweep.main([*wrong, "--out", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "AG News" not in error            # refused before any data is read
 
 
 def test_ctrl_c_leaves_the_finished_trials_and_other_rows_are_another_search(builtin, tmp_path, monkeypatch):
-    argv = ["ELMO.py", "--search", "dropout=0:0.4", "--trials", "2", "--out", str(tmp_path), "--", *SMALL]
-    values = iter([1.0, KeyboardInterrupt, float("inf"), 2.0, 3.0])
-    asked = []
-    def lowest(train, trainer):
-        asked.append(trainer)
-        value = next(values)
-        if value is KeyboardInterrupt:
-            raise KeyboardInterrupt
-        return value
-    monkeypatch.setattr(sweep, "lowest", lowest)
+    argv = ["ELMO.py", "--search", "dropout=0:0.4", "--search", "clip=0.3,0.6", "--trials", "2"]
+    argv += ["--out", str(tmp_path), "--", *SMALL]
+    losses = Mock(side_effect=[1.0, KeyboardInterrupt, float("inf"), 2.0, 3.0])
+    monkeypatch.setattr(sweep, "lowest", losses)
     assert sweep.main(argv) == 130
     assert sweep.main(argv) == 0
-    assert len(asked) == 3
-    dropout = asked[0].config.dropout
-    assert (tmp_path / "ELMO.toml").read_text() == f"dropout = {dropout!r}\n"          # inf is not the best
+    assert losses.call_count == 3
+    train, trainer = losses.call_args_list[0].args
+    assert train is ELMO.train
+    found, _ = sweep.script_arguments(["--config", str(tmp_path / "ELMO.toml")], ELMO.Config, "", "", tmp_path, {})
+    searched = {"dropout": trainer.config.dropout, "clip": trainer.config.clip}
+    assert found == ELMO.Config(**searched)                                 # inf is not the best; only searched options
     assert sweep.main([*argv, "--rows", "500"]) == 0
-    assert len(asked) == 5
+    assert losses.call_count == 5
 
 
 def test_a_file_that_is_no_study_is_refused(builtin, tmp_path, capsys):
@@ -208,7 +202,7 @@ def test_a_stopped_trial_ends_the_sweep(finished, asked):
         sweep.lowest(lambda trainer: run, None)
 
 
-def test_a_loss_that_is_not_finite_does_not_end_the_sweep():
-    def train(trainer):
-        raise ELMO.InputError("the loss is not finite at step 3")
-    assert sweep.lowest(train, None) == float("inf")
+def test_a_trial_gives_its_lowest_loss_or_infinity_if_a_loss_is_not_finite():
+    run = SimpleNamespace(finished=True, stop_event=Event(), lowest=1.5)
+    assert sweep.lowest(lambda trainer: run, None) == 1.5
+    assert sweep.lowest(Mock(side_effect=ELMO.InputError("the loss is not finite")), None) == float("inf")

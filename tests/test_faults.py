@@ -10,9 +10,11 @@ of damaged_files, by_kind of bad_inputs, and by of disk_full: what limited the r
 """
 import argparse
 import io
+import itertools
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -23,15 +25,18 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import redirect_stdout, suppress
 from functools import partial
-from itertools import count
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import Parameter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # run as `python tests/test_faults.py`
+
+from conftest import FILES, ROOT, SCRIPTS, arguments, files, refused
 
 import classification
 import ELMO
@@ -42,15 +47,7 @@ from run.files import InputError, read_json, write_json
 from run.machine import describe, versions
 from run.options import Parser, script
 
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {"ELMO.py": ELMO, "classification.py": classification}
 NAMES = list(SCRIPTS)
-FILES = {"ELMO.py": "bilstm.pt", "classification.py": "classifier.pt"}
-OPTIONS = {
-    "ELMO.py": "--hidden 12 --validation 60 --epochs 3 --batch-tokens 300 --negatives 50 --lr 0.01 --table-lr 0.01 "
-               "--min-count 2 --log-every 20 --save-every 0.1",
-    "classification.py": "--hidden 8 --setting trainable --seeds 2 --epochs 2 --batch-tokens 300 --log-every 20 "
-                         "--save-every 0.1"}
 FORKS = multiprocessing.get_context("forkserver")       # new processes that have both scripts imported already
 FORKS.set_forkserver_preload(["classification"])
 LOCK = threading.Lock()     # starting a process asks all others for their status, and a status can be read only once
@@ -64,38 +61,34 @@ class Reference:
         self.seed = seed
         self.whole = folder / "whole"
         self.weights = {}       # of the undisturbed run of each script, as bytes
-        self.seconds = {}       # its seconds until the first state is saved, and from there to the end
+        self.files = {}         # what it has written
+        self.seconds = {}
         sample.write(folder / "corpus", 600, seed=0, test_rows=100)
         for name in NAMES:
+            before = files(self.whole)
             begin = time.perf_counter()
             process = self.start(name, self.whole)
             wait_for_state(process, self.whole)
             shutil.copy(next(self.whole.glob("*.resume.pt")), folder / f"{name}.state.pt")
-            startup = time.perf_counter() - begin
             assert status_of(process) == 0, log_of(self.whole)[-300:]
-            self.seconds[name] = (startup, time.perf_counter() - begin - startup)
+            self.seconds[name] = time.perf_counter() - begin
+            self.files[name] = [file for file in files(self.whole) if file not in before]
             self.weights[name] = weights(self.whole / FILES[name])
-
-    def arguments(self, name: str, out: Path, *more: str) -> list[str]:
-        """The command line of a script that runs in the folder `out`."""
-        bilstm = ["--bilstm", str(self.whole / "bilstm.pt")] if name == "classification.py" else []
-        return ["--out", str(out), *OPTIONS[name].split(), *bilstm, *more]
 
     def start(self, name: str, out: Path, *more: str, before: Callable = bool) -> FORKS.Process:
         """Starts a script in a process of its own, which first calls `before`; see log_of for what it prints."""
         log = Path(f"{out}.log")
         log.touch()
-        argv = self.arguments(name, out, *more)
+        argv = arguments(name, out, self.whole / "bilstm.pt", *more)
         process = FORKS.Process(target=run_script, args=(name, argv, log, self.folder / "corpus", before))
         with LOCK:
             process.start()
         return process
 
     def check(self, name: str, out: Path, process: FORKS.Process) -> None:
-        """Asserts that a run ends as the undisturbed one did, and leaves nothing but its results."""
+        """Asserts that a run ends as the undisturbed one did, and writes nothing but its results."""
         assert status_of(process) == 0, log_of(out)[-300:]
-        rest = [path.name for path in out.rglob("*") if path.name.startswith(".") or ".resume." in path.name]
-        assert set(rest) <= {".lock"}, f"{rest} is left"
+        assert files(out) == self.files[name]
         same = weights(out / FILES[name]) == self.weights[name]
         assert same, "the weights differ from those of the undisturbed run"
 
@@ -114,18 +107,14 @@ def run_script(name: str, argv: list[str], log: Path, corpus: Path, before: Call
 
 def has_ended(process: FORKS.Process, seconds: float) -> bool:
     """Waits until a process has ended, but at most for so many seconds."""
-    end = time.monotonic() + seconds
-    while True:
-        with LOCK:
-            alive = process.is_alive()
-        if not alive or time.monotonic() > end:
-            return not alive
-        time.sleep(0.002)
+    return bool(wait([process.sentinel], seconds))
 
 
 def status_of(process: FORKS.Process) -> int:
     """The exit status of a process, when it has ended; -N if signal N ended it."""
     assert has_ended(process, 600), "the run takes too long"
+    with LOCK:
+        process.join()
     return process.exitcode
 
 
@@ -160,11 +149,10 @@ def saved_step(out: Path) -> int | None:
 def wait_for_state(process: FORKS.Process, out: Path) -> None:
     """Waits until the process has written a state, or has ended."""
     before = time.time_ns()
-    while not has_ended(process, 0):
+    while not has_ended(process, 0.002):
         with suppress(FileNotFoundError):       # the run deletes the state at its end
             if any(file.stat().st_mtime_ns > before for file in out.glob("*.resume.pt")):
                 return
-        time.sleep(0.002)
 
 
 # Each of the following functions is one try of a fault, with random numbers of its own. It raises AssertionError if a
@@ -185,12 +173,10 @@ def kills(reference: Reference, k: int, draw: random.Random, found: Counter) -> 
     step = None
     process = reference.start(name, out, "--resume")
     for kind in draw.sample(SIGNALS, len(SIGNALS)):
-        latest, training = reference.seconds[name]
         trains = draw.random() < 0.75
         if trains:
             wait_for_state(process, out)
-            latest = 0.2 * training
-        has_ended(process, draw.uniform(0, latest))
+        has_ended(process, draw.uniform(0, 0.15 * reference.seconds[name]))
         send(process, kind)
         status = status_of(process)
         if status == 0:
@@ -234,7 +220,6 @@ def damaged_files(reference: Reference, k: int, draw: random.Random, found: Coun
     damaged = reference.folder / "damaged.pt"
     damaged.write_bytes(content)
     loaded = load(reference, name, damaged)
-    found["tried"] += 1
     found["refused"] += loaded is None
     assert loaded in (None, load(reference, name, folder / name)), f"{name} was loaded in spite of its damage"
 
@@ -247,7 +232,6 @@ class Evil(str):
 
 def code(reference: Reference, k: int, draw: random.Random, found: Counter) -> None:
     """Code stands in one part of a published file, or in its place: refused, and not run."""
-    found["tried"] += 1
     name = FILES[NAMES[k % 2]]
     content = torch.load(reference.whole / name, weights_only=True)
     evil = Evil(reference.folder / "was-run")
@@ -258,85 +242,87 @@ def code(reference: Reference, k: int, draw: random.Random, found: Counter) -> N
     assert not Path(evil).exists(), "the code was run"
 
 
-# TEXT stands for random text, CLASS for what is no class, ROWS for good rows, \udcff for a byte that is not UTF-8.
+# In a wrong file, TEXT stands for random characters and ROWS for one to three good rows.
 TEXT = "abc ,;'.#=[]{}\\\t\xa0\u200f\ufeffé١😀"
+ROW = b'"1","t","the bank sued the court ."\n'
 CLASSES = ["0", "5", "7", "-1", "x", "", " ", "nan", "inf", "1.5", "1e0x", "one", "١٢"]
+TOML = {                                                # content: what the sentence says
+    b"hidden = TEXT": "", b"hidden = ": "not TOML", b"hidden 12": "not TOML", b"hidden = 12\nhidden = 13": "not TOML",
+    b"= 3": "not TOML", b"\0": "not TOML", b"# \xff": "not UTF-8", b"[hidden]\nx = 1": "expected int",
+    b"hidden = true": "expected int", b"hidden = 'x'": "expected int", b"dropout = true": "expected float",
+    b"hidden = 0": "hidden is 0", b"lr = nan": "lr is nan", b"lr = 11": "lr is 11", b"lr = -1e-9": "lr is -1e-09",
+    b"colour = 3": "'colour' is no option"}
 WRONG = {
-    "csv": ['ROWS"CLASS","TEXT","TEXT"\nROWS', 'ROWS"1","TEXT"\nROWS', 'ROWS"1","TEXT","TEXT","TEXT"\nROWS',
-            'ROWS"1","t","TEXT\nROWS', 'ROWS"1","t","TEXT\0"\nROWS', 'ROWS"1","t","TEXT\udcff"\nROWS', "", "\n \n",
-            "Class Index,Title,Description\n", '"CLASS","TEXT","TEXT"\n'],
-    "toml": ["hidden = TEXT", "hidden 12", "[hidden]\nx = 1", "hidden = 12\nhidden = 13", "= 3", "\0", "# \udcff",
-             "hidden = true", "hidden = 'a'", "hidden = 0", "lr = nan", "lr = true", "lr = 11", "lr = -1e-9", "no = 1"],
-    "json": ["", "{", "{TEXT", "\udcff", "[]", "3", "null", "{}", '"a"', '{"history": []}', '{"settings": []}'],
+    "csv": [
+        *[b'ROWS"%b","TEXT","TEXT"\nROWS' % label.encode() for label in CLASSES], b'"0","TEXT","TEXT"\n',
+        b'"1","TEXT"\n', b'ROWS"1","TEXT"\nROWS', b'"1","TEXT","TEXT","TEXT"\n', b'ROWS"1","TEXT","TEXT","TEXT"\nROWS',
+        b'ROWS"2","a","TEXT\n', b'ROWS"1","t","TEXT\nROWS', b'ROWS"1","t","TEXT\0"\nROWS', b'ROWS"2","a","caf\xe9"\n',
+        b"", b"\n \n", b'""\n', b'"1","a",""\n"2","b"," "\n', b"Class Index,Title,Description\n",
+        b"Title,Class Index,Description\na,1,b\n", b"label,text\n1,a\n", ROW.decode().encode("utf-16"),
+        bytes(range(256)) * 20],
+    "toml": list(TOML),
+    "json": [b"", b"{", b"{TEXT", b"\xff", b"[]", b"3", b"null", b"{}", b'"a"', b'{"history": []}',
+             b'{"settings": []}'],
     "pt": [None, True, 3, "a", [], ["a"], [1, 2, 3], {}, {"a": 1}, {"hidden": 12}, [[]], {"a": {}}]}
+CASES = []                                              # (kind, script, which of two files, content)
+for wrong_kind, contents in WRONG.items():
+    CASES += itertools.product([wrong_kind], NAMES, (0, 1), contents)
 
 
-def wrong_text(draw: random.Random, kind: str) -> bytes:
-    """The content of a wrong CSV, TOML or JSON file."""
-    content = draw.choice(WRONG[kind])
-    content = content.replace("ROWS", '"1","t","the bank sued the court ."\n' * draw.randrange(4))
-    content = content.replace("TEXT", "".join(draw.choices(TEXT, k=draw.randrange(20))))
-    return content.replace("CLASS", draw.choice(CLASSES)).encode("utf-8", "surrogateescape")
-
-
-def wrong_pt(draw: random.Random, content: dict) -> bytes:
-    """Bytes, any value, or a published file with one wrong part and, if there can be one, the right digest."""
-    value = draw.choice(WRONG["pt"])
-    keys = content.keys() & {"config", "words", "labels", "weights", "format"}
-    content[draw.choice(sorted(keys))] = value
-    with suppress(Exception):       # for example, the weights are no dictionary, so that there is no digest
+def published(content: dict) -> bytes:
+    """A published file of this content, with the right digest if it can have one."""
+    with suppress(Exception):       # for example, the weights are no dictionary
         content["digest"] = digest(content)
-    return draw.choice([draw.randbytes(draw.randrange(200)), as_bytes(value), as_bytes(content), as_bytes(content)])
+    return as_bytes(content)
 
 
-def draw_figures(file: Path) -> None:
+def using(name: str, folder: Path, bilstm: Path) -> list[str]:
+    """The command line of a script that uses the published file in a folder."""
+    use = {"ELMO.py": ["--embed", __file__, "--npz", f"{folder}/a.npz"],
+           "classification.py": ["--setting", "all", "--predict", "a"]}
+    return arguments(name, folder, bilstm, *use[name])
+
+
+DRAW = {"pretraining.json": figures.pretraining, "classification.json": partial(figures.classification, stem="")}
+
+
+@script("build.py")
+def draw_figures(argv: list[str]) -> None:
     """Draws the figures of one JSON file, as report/build.py does."""
+    file = Path(argv[0])
     with read_json(file) as result:
-        if file.stem == "pretraining":
-            figures.pretraining(result, file.parent)
-        else:
-            figures.classification(result, file.parent, "")
+        DRAW[file.name](result, out=file.parent)
 
 
 def bad_inputs(reference: Reference, k: int, draw: random.Random, found: Counter) -> None:
     """One wrong file for the program that reads it: one sentence, exit status 2, and nothing is written."""
-    kind = list(WRONG)[k % 4]
-    name = NAMES[k // 4 % 2]
-    program = SCRIPTS[name].main
+    kind, name, which, content = CASES[k % len(CASES)]
+    found[kind] += 1
     folder = reference.folder / f"input-{k}"
     shutil.copytree(reference.folder / "corpus", folder)
-    argv = reference.arguments(name, folder)
-    if kind == "csv":
-        file = folder / draw.choice(["train.csv", "test.csv"])
-        file.write_bytes(wrong_text(draw, kind))
-    elif kind == "toml":
-        file = folder / "options.toml"
-        file.write_bytes(wrong_text(draw, kind))
-        argv = ["--out", str(folder), "--config", str(file)]
-    elif kind == "json":
-        file = folder / draw.choice(["pretraining.json", "classification.json"])
-        file.write_bytes(wrong_text(draw, kind))
-        program = script("build.py")(lambda argv: draw_figures(file))
+    names = {"csv": ["train.csv", "test.csv"], "toml": ["a.toml"] * 2, "json": list(DRAW), "pt": [FILES[name]] * 2}
+    file = folder / names[kind][which]
+    if kind == "pt":            # random bytes, the value by itself, or in the place of one part of a published file
+        whole = read_published(reference.whole / file.name, SCRIPTS[name].FORMAT, set())
+        part = draw.choice(sorted(whole.keys() & {"config", "words", "labels", "weights", "format"}))
+        wrong = published(whole | {part: content})
+        file.write_bytes(draw.choice([draw.randbytes(draw.randrange(200)), as_bytes(content), wrong, wrong]))
     else:
-        file = folder / FILES[name]
-        file.write_bytes(wrong_pt(draw, read_published(reference.whole / file.name, SCRIPTS[name].FORMAT, set())))
-        use = ["--predict", "a"] if name == "classification.py" else ["--embed", __file__, "--npz", f"{folder}/a.npz"]
-        argv = reference.arguments(name, folder, *use)
-    found.update(["tried", kind])
-    before = sorted(folder.rglob("[!.]*"))
-    printed = io.StringIO()
-    with redirect_stderr(printed), redirect_stdout(io.StringIO()), pytest.MonkeyPatch.context() as patch:
+        text = "".join(draw.choices(TEXT, k=draw.randrange(20))).encode()
+        file.write_bytes(content.replace(b"ROWS", ROW * draw.randrange(1, 4)).replace(b"TEXT", text))
+    bilstm = reference.whole / "bilstm.pt"
+    argv = {"csv": arguments(name, folder, bilstm), "toml": ["--out", str(folder), "--config", str(file)],
+            "json": [str(file)], "pt": using(name, folder, bilstm)}
+    program = "build.py" if kind == "json" else name
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()):
         patch.setenv("AG_NEWS_DIR", str(folder))
-        status = program(argv)
-    message = printed.getvalue()
-    assert status == 2 and message.count("\n") == 1, f"exit status {status}: {message!r}"
-    assert kind == "toml" or file.name in message, message
-    assert sorted(folder.rglob("[!.]*")) == before, "something was written"
+        message = refused(program, argv[kind], folder, draw_figures if kind == "json" else None)
+    expected = TOML[content] if kind == "toml" else file.name
+    assert expected in message, f"{content!r}: {message}"
 
 
 def disk_full(reference: Reference, k: int, draw: random.Random, found: Counter) -> None:
     """The system refuses to write more bytes: one sentence, exit status 2, no part of a file; with room it resumes."""
-    found["tried"] += 1
     name = NAMES[k % 2]
     room = sum(path.stat().st_size for path in reference.whole.rglob("*") if path.is_file())
     status = 0
@@ -353,7 +339,6 @@ def disk_full(reference: Reference, k: int, draw: random.Random, found: Counter)
 
 def two_runs(reference: Reference, k: int, draw: random.Random, found: Counter) -> None:
     """A second run starts in the folder of a first, which pauses half-way: the second refuses, the first ends well."""
-    found["tried"] += 1
     name = NAMES[k % 2]
     out = reference.folder / f"two-{k}"
     first = reference.start(name, out)
@@ -374,7 +359,7 @@ def poison(name: str, call: int) -> None:
     """Makes the loss function of a script return nan at one of its calls."""
     module, function = LOSSES[name]
     loss = getattr(module, function)
-    calls = count()
+    calls = itertools.count()
 
     def poisoned(*args, **options) -> torch.Tensor:
         factor = float("nan") if next(calls) == call else 1.0
@@ -385,7 +370,6 @@ def poison(name: str, call: int) -> None:
 
 def nan(reference: Reference, k: int, draw: random.Random, found: Counter) -> None:
     """The loss of one direction or head is nan at one step: the run names the step, and resumes from before it."""
-    found["tried"] += 1
     name = NAMES[k % 2]
     out = reference.folder / f"nan-{k}"
     step = draw.randrange(30)
@@ -397,7 +381,7 @@ def nan(reference: Reference, k: int, draw: random.Random, found: Counter) -> No
 
 
 TRIES = {   # of a long run, of a short one, and how many at a time
-    kills: (36, 2, 2), damaged_files: (200, 12, 1), bad_inputs: (300, 40, 1), disk_full: (12, 2, 2),
+    kills: (36, 2, 2), damaged_files: (200, 12, 1), bad_inputs: (300, len(CASES), 1), disk_full: (12, 2, 2),
     two_runs: (8, 2, 2), code: (24, 8, 1), nan: (12, 2, 2)}
 
 
@@ -405,7 +389,7 @@ def survey(fault: Callable, reference: Reference, short: bool) -> tuple[dict, li
     """All tries of a fault: its part of faults.json, and what went wrong in those that a script did not survive."""
     long_run, short_run, at_a_time = TRIES[fault]
     name = fault.__name__
-    counts = [Counter() for _ in range(short_run if short else long_run)]
+    counts = [Counter(tried=int(fault is not kills)) for _ in range(short_run if short else long_run)]
     with ThreadPoolExecutor(at_a_time) as pool:
         tries = [pool.submit(fault, reference, k, random.Random(f"{reference.seed} {name} {k}"), found)
                  for k, found in enumerate(counts)]
@@ -436,6 +420,53 @@ def test_both_scripts_survive(fault, reference):
     counts, failures = survey(fault, reference, short=True)
     assert not failures
     assert counts["tried"] > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ctrl_c_stops_between_two_steps_publishes_nothing_and_resumes(name, reference):
+    out = reference.folder / f"ctrl-c-{name}"
+    process = reference.start(name, out)
+    while '{"step"' not in log_of(out):         # until the first evaluation is complete
+        assert not has_ended(process, 0.01)
+    send(process, signal.SIGINT)
+    assert status_of(process) == 130
+    log = log_of(out)
+    assert "Traceback" not in log
+    assert "--resume continues" in log
+    assert files(out) == [FILES[name].replace(".pt", ".resume.pt")]
+    reference.check(name, out, reference.start(name, out, "--resume"))
+    for evaluation in re.findall(r'{"step": \d+,', log):
+        assert log_of(out).count(evaluation) == 1
+
+
+@pytest.mark.parametrize("name, change, message", [
+    ("ELMO.py", lambda content: content["config"].update(hidden=16), "does not fit together"),
+    ("ELMO.py", lambda content: content["config"].update(hidden=-1), "bilstm.pt: hidden is -1"),
+    ("ELMO.py", lambda content: content["config"].update(colour="red"), "does not fit together"),
+    ("ELMO.py", lambda content: content["config"].update(hidden=65536, width=8192), "does not fit together"),
+    ("ELMO.py", lambda content: content["words"].pop(), "vocabulary does not fit"),
+    ("ELMO.py", lambda content: content["words"].reverse(), "vocabulary does not fit"),
+    ("ELMO.py", lambda content: content.update(words=3), "does not fit together"),
+    ("ELMO.py", lambda content: content.pop("words"), "it lacks"),
+    ("ELMO.py", lambda content: content["weights"].pop("bias"), "does not fit together"),
+    ("ELMO.py", lambda content: content["weights"].update(bias=content["weights"]["bias"].to_sparse()), "its digest"),
+    ("ELMO.py", lambda content: content["weights"].update(bias=Parameter(content["weights"]["bias"])), "its digest"),
+    ("ELMO.py", lambda content: content.update(digest=None, weights=3), "its digest"),
+    ("ELMO.py", lambda content: content.update(format="elmo-bilm-1"), "'elmo-bilm-1' instead of 'elmo-bilm-2'"),
+    ("ELMO.py", lambda content: content.clear(), "no checkpoint of this kind"),
+    ("classification.py", lambda content: content["config"].update(hidden=7), "does not fit together"),
+    ("classification.py", lambda content: content["config"].update(hidden=0), "classifier.pt: hidden is 0"),
+    ("classification.py", lambda content: content["labels"].pop(), "does not fit together"),
+    ("classification.py", lambda content: content["weights"].clear(), "does not fit together"),
+    ("classification.py", lambda content: content["heads"].clear(), "does not fit together"),
+    ("classification.py", lambda content: content["bilm"].clear(), "does not fit together"),
+    ("classification.py", lambda content: content.update(format="elmo-bilm-2"), "instead of 'elmo-classifier-2'"),
+    ("classification.py", lambda content: content.pop("labels"), "lacks labels")])
+def test_a_changed_file_is_refused_even_if_its_digest_is_right(whole, tmp_path, name, change, message):
+    content = torch.load(whole / FILES[name], weights_only=True)
+    change(content)
+    (tmp_path / FILES[name]).write_bytes(published(content))
+    assert message in refused(name, using(name, tmp_path, whole / "bilstm.pt"), tmp_path)
 
 
 @script("test_faults.py")

@@ -4,6 +4,8 @@ import re
 import shutil
 import zlib
 from contextlib import suppress
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 
 import nbformat
@@ -26,29 +28,21 @@ WORDS = "one|two|three|four|five|six|seven|eight|nine|ten"
 UNITS = r"(%|percent|points?|seeds?|heads?|minutes|hours|rows|times|passes|words|systems|labels)"
 
 
-def numbers(name: str) -> dict:
-    """A committed JSON file."""
-    return json.loads((ROOT / "models" / f"{name}.json").read_text())
-
-
 @pytest.fixture
 def project(tmp_path) -> Path:
-    """A copy of the README, the models' JSON files with their figures, and the source of the report."""
-    shutil.copytree(ROOT / "models", tmp_path / "models", ignore=shutil.ignore_patterns("*.pt"))
-    (tmp_path / "report").mkdir()
-    for name in ("report.typ", "references.bib"):
-        shutil.copy(REPORT / name, tmp_path / "report")
+    """A copy of the README, the models' JSON files with their figures, and the sources of report and notebook."""
+    left_out = shutil.ignore_patterns("*.pt", "*.pdf", "*.py", "__pycache__")
+    for folder in ("models", "report"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=left_out)
     shutil.copy(ROOT / "README.md", tmp_path)
     return tmp_path
 
 
-def change(path: Path, *keys: str, value) -> None:
+def change(project: Path, name: str, *keys: str, value) -> None:
     """Sets content[key][key].. of a JSON file."""
+    path = project / "models" / f"{name}.json"
     content = json.loads(path.read_text())
-    place = content
-    for key in keys[:-1]:
-        place = place[key]
-    place[keys[-1]] = value
+    reduce(getitem, keys[:-1], content)[keys[-1]] = value
     path.write_text(json.dumps(content))
 
 
@@ -63,19 +57,16 @@ def written(monkeypatch, draw, *arguments) -> dict[str, list[str]]:
     return found
 
 
-def history() -> list[dict]:
-    """Two evaluations of two seeds."""
-    return [{"epoch": e, "train_loss": 0.5, "validation": {"frozen": {"accuracy": [0.5, 0.7], "loss": [0.9, 0.8]}}}
-            for e in (0.5, 1.0)]
+# Two evaluations of two seeds.
+HISTORY = [{"epoch": epoch, "train_loss": 0.5, "validation": {"frozen": {"accuracy": [0.5, 0.7], "loss": [0.9, 0.8]}}}
+           for epoch in (0.5, 1.0)]
 
 
 def two_classes(confusion: list | None) -> dict:
     """Numbers of a classification with two seeds, as far as figures read them."""
-    ensemble = {"rows": 10, "accuracy": 0.7}
-    if confusion is not None:
-        ensemble["confusion"] = confusion
+    ensemble = {"rows": 10, "accuracy": 0.7} | ({} if confusion is None else {"confusion": confusion})
     part = {"ensemble": ensemble, "seeds": [{}, {}]}
-    return {"task": "ag_news", "labels": ["cat", "dog"], "config": {"phrases": True}, "history": [history()],
+    return {"task": "ag_news", "labels": ["cat", "dog"], "config": {"phrases": True}, "history": [HISTORY],
             "settings": {"frozen": {"train": part, "validation": part, "test": part}}}
 
 
@@ -107,7 +98,7 @@ def test_words_are_confused_by_percent_and_small_shares_are_blank(monkeypatch, t
 
 
 def test_curves_of_several_runs_are_those_of_all_their_seeds():
-    values = figures.validation_values([history(), history()], "frozen", "accuracy")
+    values = figures.validation_values([HISTORY, HISTORY], "frozen", "accuracy")
     assert np.array_equal(values, [[0.5, 0.7, 0.5, 0.7]] * 2)
 
 
@@ -147,16 +138,14 @@ def test_the_results_of_the_readme_are_those_of_the_json():
     ("faults", ("kills", "survived"), 98, "; 98 |")])
 def test_the_results_follow_the_json(project, name, keys, value, shown):
     assert shown not in build.results(project / "models")
-    change(project / "models" / f"{name}.json", *keys, value=value)
+    change(project, name, *keys, value=value)
     assert shown in build.results(project / "models")
 
 
 def test_the_setting_in_the_results_is_the_best_on_validation_rows(project):
-    path = project / "models" / "nli.json"
-    accuracies = {"validation": {"frozen": 0.9, "function": 0.1}, "test": {"frozen": 0.3, "function": 0.8}}
-    for part, values in accuracies.items():
-        for setting, mean in values.items():
-            change(path, "settings", setting, part, "accuracy", value={"mean": mean, "std": None})
+    for part, setting, mean in (("validation", "frozen", 0.9), ("validation", "function", 0.1),
+                                ("test", "frozen", 0.3), ("test", "function", 0.8)):
+        change(project, "nli", "settings", setting, part, "accuracy", value={"mean": mean, "std": None})
     assert "(setting `frozen`) | 30.00 %" in build.results(project / "models")
 
 
@@ -168,10 +157,6 @@ def unpacked(pdf: bytes) -> list[bytes]:
         with suppress(zlib.error):
             parts.append(zlib.decompress(stream))
     return parts
-
-
-def pages(pdf: bytes) -> int:
-    return sum(len(re.findall(rb"/Type ?/Page\b(?!s)", part)) for part in unpacked(pdf))
 
 
 def typed_numbers(source: str) -> list[str]:
@@ -202,7 +187,7 @@ def test_no_number_of_the_report_is_typed_by_hand():
 def test_the_report_is_what_its_source_makes_of_the_committed_json():
     committed = (REPORT / "report.pdf").read_bytes()
     assert build.pdf(ROOT) == committed
-    assert 8 <= pages(committed) <= 14
+    assert 8 <= len(re.findall(rb"/Type ?/Page\b(?!s)", b"\n".join(unpacked(committed)))) <= 14     # pages
 
 
 @pytest.mark.parametrize("name", sorted(build.MADE_BY))
@@ -214,47 +199,43 @@ def test_the_report_without_a_json_says_which_one_is_missing(project, name):
 
 @pytest.mark.parametrize("name", sorted(build.FINDINGS))
 def test_the_report_without_a_finding_says_which_one_is_missing(project, name):
-    path = project / "models" / "findings.json"
-    content = json.loads(path.read_text())
-    del content[name]
-    path.write_text(json.dumps(content))
+    findings = json.loads((project / "models" / "findings.json").read_text())
+    assert set(FINDINGS) <= build.FINDINGS <= set(findings)
+    del findings[name]
+    (project / "models" / "findings.json").write_text(json.dumps(findings))
     with pytest.raises(InputError, match=f"no finding `{name}`"):
         build.check_numbers(project / "models")
 
 
-def test_the_report_asks_for_every_finding():
-    assert set(FINDINGS) <= build.FINDINGS <= set(numbers("findings"))
-
-
-def test_the_report_refuses_numbers_of_another_bilm(project):
-    change(project / "models" / "sst5.json", "bilm", value="0" * 64)
-    with pytest.raises(InputError, match=r"sst5\.json is of another biLM"):
-        build.pdf(project)
-
-
-@pytest.mark.parametrize("keys, value, older", [
-    (("ensemble", "accuracy"), 0.9, "findings"),
-    (("accuracy", "mean"), 0.9, "baselines")])
-def test_the_report_refuses_findings_and_baselines_that_are_older_than_the_runs(project, keys, value, older):
-    change(project / "models" / "classification.json", "settings", "trainable", "test", *keys, value=value)
-    with pytest.raises(InputError, match=rf"{older}\.json is older than the runs beside it; run"):
+@pytest.mark.parametrize("name, keys, value, message", [
+    ("sst5", ["bilm"], "0" * 64, "sst5.json is of another biLM"),
+    ("classification", ["settings", "trainable", "test", "ensemble", "accuracy"], 0.9,
+     "findings.json is older than the runs beside it; run"),
+    ("classification", ["settings", "trainable", "test", "accuracy", "mean"], 0.9,
+     "baselines.json is older than the runs beside it; run")])
+def test_the_report_refuses_numbers_of_another_bilm_or_older_than_the_runs(project, name, keys, value, message):
+    change(project, name, *keys, value=value)
+    with pytest.raises(InputError, match=re.escape(message)):
         build.pdf(project)
 
 
 # ------------------------------------------------------------------------------------------------------- notebook
+def texts(project: Path) -> dict[Path, bytes]:
+    """What `build` writes only if all could be made, and its sources."""
+    return {path: path.read_bytes() for path in [project / "README.md", *(project / "report").iterdir()]}
+
+
 def test_a_cell_that_fails_is_one_sentence_and_changes_no_text(monkeypatch, project, capsys, ag_news):
     monkeypatch.setattr(build, "ROOT", project)
     monkeypatch.setattr(build, "draw_figures", lambda folder: None)
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 0")])
     nbformat.write(notebook, project / "report" / "explore.ipynb")
     (project / "README.md").write_text("<!-- results -->\nold\n<!-- end -->\n")
-    before = (project / "report" / "explore.ipynb").read_bytes()
+    before = texts(project)
     assert build.main([]) == 2
     error = capsys.readouterr().err
     assert "ZeroDivisionError" in error and error.count("build.py:") == 1
-    assert (project / "README.md").read_text() == "<!-- results -->\nold\n<!-- end -->\n"
-    assert (project / "report" / "explore.ipynb").read_bytes() == before
-    assert not (project / "report" / "report.pdf").exists()
+    assert texts(project) == before
 
 
 def shown(book: nbformat.NotebookNode) -> list[list]:
@@ -280,6 +261,5 @@ def test_the_notebook_runs_on_the_published_files_and_shows_what_it_shows_now(ag
 
 
 def test_what_is_committed_names_no_folder_of_a_machine():
-    pdf = (REPORT / "report.pdf").read_bytes()
-    for part in [(REPORT / "explore.ipynb").read_bytes(), *unpacked(pdf)]:
+    for part in [(REPORT / "explore.ipynb").read_bytes(), *unpacked((REPORT / "report.pdf").read_bytes())]:
         assert not re.search(rb"/(home|root|work|tmp|Users)/", part)
