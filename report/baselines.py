@@ -13,11 +13,10 @@ classification.json of --out if that is of the same biLM.
 
 baselines.json: command, versions, machine, minutes (of all runs), peak_memory_gb, config, bilm (digest),
 rows.{name}: seeds, validation and test {mean, std} of the accuracy over the seeds, fresh (the same on the fresh test
-    rows), ensemble (accuracy of the seeds' mean probabilities on test rows), minutes,
-    each {validation, test} (accuracy of each seed; not for tfidf, which is one model without a seed),
-    tried (for tfidf: accuracy on validation rows by hyperparameters),
-    against.{word2vec, tfidf, layer0}: `run.metrics.mcnemar` of the two ensembles on test rows; p is not corrected for
-        the number of rows here
+    rows), ensemble (accuracy of the seeds' mean probabilities on test rows), minutes, each {validation, test}
+    (accuracy of each seed; not for tfidf, which has none), tried (tfidf: validation accuracy by hyperparameters),
+    against.{word2vec, tfidf, layer0}: `run.metrics.mcnemar` of the ensembles on test rows; p is not corrected for the
+        number of rows here
 """
 import sys
 import time
@@ -29,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.sparse import coo_matrix, csr_matrix, diags
+from scipy.sparse import csr_matrix, diags
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -43,21 +42,17 @@ from data.batches import collate
 from data.tasks import Part, Task, read_task
 from data.text import Data, Encoded
 from data.word2vec import word2vec
-from ELMO import BiLM, ELMo
+from ELMO import HERE, BiLM, ELMo
 from run import machine
 from run.files import InputError, read_json, write_json
 from run.metrics import mcnemar, mean_and_std
 from run.options import script, script_arguments
 from run.progress import options_of_weights
 
-ROOT = Path(__file__).resolve().parent.parent
 VECTORS = ("word2vec", "svd", "layer0", "layer2", "average", "untrained")
 STATIC_VECTORS = {"width": 300, "passes": 10, "window": 5, "negatives": 10}     # SVD has the same width and window
 LINEAR_MODELS = (("svm", 0.1), ("svm", 0.3), ("svm", 1.0), ("logistic", 3.0), ("logistic", 10.0), ("logistic", 30.0))
 COMPARED = ("word2vec", "tfidf", "layer0")
-
-
-# ----------------------------------------------------------------------------------------------- word vectors
 PARTS = {
     "layer0": lambda layers: layers[:1, ..., :layers.shape[3] // 2],        # x, without its second copy in [x ; x]
     "layer2": lambda layers: layers[2:],
@@ -98,19 +93,14 @@ def make_vectors(kind: str, config: Config, elmo: ELMo, task: Task):
     if kind in PARTS:
         return PartOfELMo(elmo.model, kind)
     if kind == "untrained":
-        return ELMoVectors(untrained(elmo, config.seed))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            model = BiLM(elmo.config, len(elmo.words))              # of the same shape, with random weights
+        return ELMoVectors(model.requires_grad_(False).to(elmo.device))
     encoded = elmo.encode(task.corpus)
     data = Data(elmo.words, encoded, np.arange(len(encoded.tokens)), np.arange(0))
     table = static_vectors(kind, data, config.seed)
     return StaticVectors(torch.from_numpy(table).to(elmo.device))
-
-
-def untrained(elmo: ELMo, seed: int) -> BiLM:
-    """A biLM of the same shape with random weights."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = BiLM(elmo.config, len(elmo.words))
-    return model.requires_grad_(False).to(elmo.device)
 
 
 def static_vectors(kind: str, data: Data, seed: int, width: int = STATIC_VECTORS["width"]) -> np.ndarray:
@@ -134,10 +124,9 @@ def svd(data: Data, width: int, seed: int) -> np.ndarray:
     PMI(w, c) = log(p(w, c) / (p(w) p(c))) over all pairs of words near each other (Levy, Goldberg and Dagan 2015).
     """
     counts = pair_counts(data)
-    total = counts.sum()
-    inverse = diags(1 / np.maximum(np.asarray(counts.sum(axis=1)).ravel(), 1))
-    pmi = (inverse @ counts @ inverse * total).tocsr()
-    pmi.data = np.maximum(np.log(np.maximum(pmi.data, 1e-12)), 0)
+    inverse = diags(1 / np.maximum(counts.sum(axis=1).A1, 1))
+    pmi = (inverse @ counts @ inverse * counts.sum()).tocsr()
+    pmi.data = np.log(pmi.data).clip(min=0)
     pmi.eliminate_zeros()
     model = TruncatedSVD(min(width, len(data.words) - 1), random_state=seed).fit(pmi)
     roots = np.sqrt(np.maximum(model.singular_values_, 1e-12))
@@ -146,19 +135,18 @@ def svd(data: Data, width: int, seed: int) -> np.ndarray:
 
 def pair_counts(data: Data) -> csr_matrix:
     """(V, V) how often two words stand at most `window` apart in a training row."""
-    V = len(data.words)
     ids, offsets = data.encoded.flat(data.train)
     row = np.repeat(np.arange(len(data.train)), np.diff(offsets))           # of each token
-    counts = csr_matrix((V, V))
+    shape = (len(data.words), len(data.words))
+    counts = csr_matrix(shape)
     for distance in range(1, STATIC_VECTORS["window"] + 1):
         same_row = row[distance:] == row[:-distance]
         first = ids[:-distance][same_row]
         second = ids[distance:][same_row]
-        counts += coo_matrix((np.ones(len(first)), (first, second)), shape=(V, V)).tocsr()
+        counts += csr_matrix((np.ones(len(first)), (first, second)), shape)
     return counts + counts.T
 
 
-# ----------------------------------------------------------------------------------------------- linear model
 def texts_of(part: Part) -> list[str]:
     """The texts of rows that have one text each."""
     return [text for text, in part.texts]
@@ -173,8 +161,8 @@ def tfidf(task: Task, vectorizers: dict[int, TfidfVectorizer]) -> tuple[dict, np
     """(row, predictions on test rows) of the linear model that is best on validation rows, the last of equal ones."""
     tried = {}
     for n, vectorizer in vectorizers.items():
-        parts = [vectorizer.transform(texts_of(part)) for part in (task.train, task.validation, task.test)]
-        train, validation, test = parts
+        parts = (task.train, task.validation, task.test)
+        train, validation, test = [vectorizer.transform(texts_of(part)) for part in parts]
         for kind, C in LINEAR_MODELS:
             model = LinearSVC(C=C, random_state=0) if kind == "svm" else LogisticRegression(C=C, max_iter=200)
             model.fit(train, task.train.labels)
@@ -182,26 +170,24 @@ def tfidf(task: Task, vectorizers: dict[int, TfidfVectorizer]) -> tuple[dict, np
             name = f"{kind}, C {C:g}, 1-{n}-grams"
             tried[name] = accuracy
             print(f"TF-IDF {name}: {accuracy:.2%} of validation rows", flush=True)
-            if accuracy == max(tried.values()):
+            best = max(tried.values())
+            if accuracy == best:
                 predicted = model.predict(test)
     correct = predicted == task.test.labels
-    numbers = {"tried": tried, "seeds": 1, "validation": mean_and_std([max(tried.values())]),
-               "test": mean_and_std([correct.mean()]), "ensemble": float(correct.mean()), "fresh": None}
-    if task.fresh.any():
-        numbers["fresh"] = mean_and_std([correct[task.fresh].mean()])
+    fresh = mean_and_std([correct[task.fresh].mean()]) if task.fresh.any() else None
+    numbers = {"tried": tried, "seeds": 1, "validation": mean_and_std([best]),
+               "test": mean_and_std([correct.mean()]), "ensemble": float(correct.mean()), "fresh": fresh}
     return numbers, predicted
 
 
-# ----------------------------------------------------------------------------------------------- comparison
 def row(result: dict, setting: str) -> tuple[dict, np.ndarray]:
     """(row, predictions on test rows) of one setting of a classification JSON."""
     numbers = result["settings"][setting]
     test = numbers["test"]
+    each = {part: [seed["accuracy"] for seed in numbers[part]["seeds"]] for part in ("validation", "test")}
+    fresh = test["fresh"]["accuracy"] if "fresh" in test else None
     found = {"seeds": len(test["seeds"]), "validation": numbers["validation"]["accuracy"], "test": test["accuracy"],
-             "ensemble": test["ensemble"]["accuracy"], "fresh": None, "minutes": result["minutes"]}
-    if "fresh" in test:
-        found["fresh"] = test["fresh"]["accuracy"]
-    found["each"] = {part: [seed["accuracy"] for seed in numbers[part]["seeds"]] for part in ("validation", "test")}
+             "ensemble": test["ensemble"]["accuracy"], "fresh": fresh, "minutes": result["minutes"], "each": each}
     return found, np.array(list(numbers["predictions"]), dtype=int)
 
 
@@ -215,36 +201,21 @@ def finished_run(path: Path, digest: str, rows: int, options: dict) -> dict | No
     return result if fits else None
 
 
-def compare(found: dict[str, tuple[dict, np.ndarray]], gold: np.ndarray) -> dict:
-    """rows of baselines.json from {name: (row, predictions)}."""
-    correct = {name: predicted == gold for name, (_, predicted) in found.items()}
-    rows = {}
-    for name, (numbers, _) in found.items():
-        against = {other: mcnemar(correct[name], correct[other]) for other in COMPARED if other != name}
-        rows[name] = numbers | {"against": against}
-    return rows
-
-
-# ------------------------------------------------------------------------------------------------------- main
 def train_head(kind: str, config: Config, options, elmo: ELMo, test_rows: int) -> dict | None:
     """The JSON of the head on one kind of vectors, trained if there is none yet; None if training was stopped."""
-    config = replace(config, setting="trainable")
-    file = options.build / f"{kind}.json"
-    find = partial(finished_run, file, elmo.digest, test_rows, options_of_weights(config))
-    result = find()
-    if result is None:
+    wanted = (options.build / f"{kind}.json", elmo.digest, test_rows, options_of_weights(config))
+    if finished_run(*wanted) is None:
         print(f"training the head on {kind}", flush=True)
         classify(config, options.build, options.bilstm, options.resume, partial(make_vectors, kind), kind)
-        result = find()
-    return result
+    return finished_run(*wanted)
 
 
 @script("baselines.py")
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, 2 for an input that the user can fix, 130 after Ctrl-C."""
-    config, options = script_arguments(argv, Config, "baselines.py", __doc__, ROOT / "models", {
-        "--bilstm": {"metavar": "FILE", "type": Path, "default": ROOT / "models" / "bilstm.pt", "help": "the biLM"},
-        "--build": {"metavar": "DIR", "type": Path, "default": ROOT / "build" / "baselines",
+    config, options = script_arguments(argv, Config, "baselines.py", __doc__, HERE / "models", {
+        "--bilstm": {"metavar": "FILE", "type": Path, "default": HERE / "models" / "bilstm.pt", "help": "the biLM"},
+        "--build": {"metavar": "DIR", "type": Path, "default": HERE / "build" / "baselines",
                     "help": "folder of the runs (default build/baselines)"}})
     if config.stem != "classifier":
         raise InputError("baselines are for ag_news by its descriptions, neither adapted nor fine-tuned; leave those "
@@ -256,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     numbers["minutes"] = (time.perf_counter() - begin) / 60
     found = {"tfidf": (numbers, predicted)}
     for kind in VECTORS:
-        result = train_head(kind, config, options, elmo, len(task.test))
+        result = train_head(kind, replace(config, setting="trainable"), options, elmo, len(task.test))
         if result is None:
             return 130
         found[kind] = row(result, "trainable")
@@ -264,11 +235,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     published = finished_run(options.out / "classification.json", elmo.digest, len(task.test), {})
     if published is not None:
         found |= {setting: row(published, setting) for setting in published["settings"]}
-    rows = compare(found, task.test.labels)
+    correct = {name: predicted == task.test.labels for name, (_, predicted) in found.items()}
+    rows = {}
+    for name, (numbers, _) in found.items():
+        rows[name] = numbers
+        numbers["against"] = {other: mcnemar(correct[name], correct[other]) for other in COMPARED if other != name}
+        print(f"{name:<12}{numbers['validation']['mean']:.2%} validation, {numbers['test']['mean']:.2%} test accuracy")
     about = machine.provenance(torch.device(machine.default_device()), 60 * minutes)
     write_json(options.out / "baselines.json", about | {"config": asdict(config), "bilm": elmo.digest, "rows": rows})
-    for name, numbers in rows.items():
-        print(f"{name:<12}{numbers['validation']['mean']:.2%} validation, {numbers['test']['mean']:.2%} test accuracy")
     return 0
 
 

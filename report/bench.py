@@ -26,8 +26,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import count
@@ -125,7 +125,7 @@ def common_loop(config: ELMO.Config, data: Data, device: torch.device) -> Loop:
     """How public copies train: fp32, Adam, 16 rows per batch in random order, words beyond 14,000 as <unk>."""
     model = CommonModel().to(device)
     order = np.random.default_rng(config.seed).permutation(data.train)
-    rows = [order[first:first + 16] for first in range(0, len(order), 16)]
+    rows = np.split(order, range(16, len(order), 16))
     return Loop(model, torch.optim.Adam(model.parameters()), resized(data, COMMON_WORDS).encoded, rows, device)
 
 
@@ -142,6 +142,7 @@ class Resized(Data):
     """Data with another vocabulary. Words that no row holds count once, so that they are sampled too."""
 
     def counts(self) -> np.ndarray:
+        """(V,) how often each word is a target, at least once."""
         return np.maximum(super().counts(), 1)
 
 
@@ -153,18 +154,6 @@ def resized(data: Data, size: int) -> Resized:
 
 
 # -------------------------------------------------------------------------------------------------- measuring
-@contextmanager
-def busy_process() -> Iterator[None]:
-    """Another process keeps a core busy inside the context."""
-    process = subprocess.Popen([sys.executable, "-c", BUSY, str(os.getpid())])
-    try:
-        time.sleep(0.3)                 # until it has started
-        yield
-    finally:
-        process.kill()
-        process.wait()
-
-
 def training_speed(name: str, trainer, seconds: float) -> dict[str, float]:
     """{name: targets or rows per second} of the steps 0, 1, 2, .., as many as take `seconds`."""
     items = 0
@@ -177,9 +166,13 @@ def training_speed(name: str, trainer, seconds: float) -> dict[str, float]:
 
 
 def busy_training_speed(name: str, trainer, seconds: float) -> dict[str, float]:
-    """The same beside a busy process."""
-    with busy_process():
-        return training_speed(f"busy_{name}", trainer, seconds)
+    """The same beside another process that keeps a core busy."""
+    with subprocess.Popen([sys.executable, "-c", BUSY, str(os.getpid())]) as process:
+        try:
+            time.sleep(0.3)             # until it has started
+            return training_speed(f"busy_{name}", trainer, seconds)
+        finally:
+            process.kill()
 
 
 def seconds_of(call: Callable) -> float:
@@ -226,24 +219,12 @@ def interleaved(measures: Sequence[Callable[[], dict]]) -> list[dict]:
     return repeats
 
 
-# ------------------------------------------------------------------------------------------- what is measured
-def head_trainer(elmo: ELMO.ELMo) -> classification.Trainer:
-    """Nine heads, three settings with three seeds, on the rows of train.csv."""
-    config = classification.Config(seeds=3)
-    part = EncodedTexts(ag_news_part(read_ag_news("train"), config.fields), elmo, CACHE)
-    vectors = classification.ELMoVectors(elmo.model)
-    return classification.Trainer(config, vectors, {"train": part}, 4, range(config.seeds))
-
-
 def inference(classifier: classification.Classifier, texts: list[str]) -> dict[str, float]:
     """Descriptions per second, embedded in two precisions and classified."""
-    def embed(precision: str) -> None:
-        for _ in classifier.elmo.embed_stream(texts, precision):
-            pass
-    seconds = {"embed_fp32_per_second": seconds_of(partial(embed, "fp32")),
-               "embed_bf16_per_second": seconds_of(partial(embed, "bf16")),
-               "predict_per_second": seconds_of(partial(classifier.predict, texts, "auto"))}
-    return {name: len(texts) / value for name, value in seconds.items()}
+    calls = {"embed_fp32_per_second": lambda: deque(classifier.elmo.embed_stream(texts, "fp32"), maxlen=0),
+             "embed_bf16_per_second": lambda: deque(classifier.elmo.embed_stream(texts, "bf16"), maxlen=0),
+             "predict_per_second": lambda: classifier.predict(texts, "auto")}
+    return {name: len(texts) / seconds_of(call) for name, call in calls.items()}
 
 
 def bench(config: ELMO.Config, seconds: float) -> dict:
@@ -258,7 +239,10 @@ def bench(config: ELMO.Config, seconds: float) -> dict:
     trainers = {"tokens_per_second": ELMO.Trainer(config, data, device)}
     training_speed("warm-up", trainers["tokens_per_second"], seconds / 2)
     memory = peak_memory_gb()
-    trainers["classification_rows_per_second"] = head_trainer(classifier.elmo)
+    heads = classification.Config(seeds=3)                          # nine, in three settings
+    part = EncodedTexts(ag_news_part(read_ag_news("train"), heads.fields), classifier.elmo, CACHE)
+    trainers["classification_rows_per_second"] = classification.Trainer(
+        heads, classification.ELMoVectors(classifier.elmo.model), {"train": part}, 4)
     words = replace(data, encoded=replace(data.encoded, chars=None))        # word ids, whatever x is made from
     trainers["common_loop_tokens_per_second"] = common_loop(config, words, device)
     trainers["plain_loop_tokens_per_second"] = plain_loop(config, words, device)

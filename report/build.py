@@ -29,20 +29,13 @@ CLASSIFICATIONS = ("classification", "finetuned", "titled", "sst5", "sst2", "nli
 MADE_BY = {
     "pretraining": "python ELMO.py",
     "classification": "python classification.py --seeds 3",
-    "baselines": "make train",
-    "finetuned": "make train",
-    "titled": "make train",
-    "sst5": "make tasks",
-    "sst2": "make tasks",
-    "nli": "make tasks",
-    "findings": "make findings",
-    "bench": "make bench",
-    "faults": "make faults"}
+    **dict.fromkeys(("baselines", "finetuned", "titled"), "make train"),
+    **dict.fromkeys(("sst5", "sst2", "nli"), "make tasks"),
+    **{name: f"make {name}" for name in ("findings", "bench", "faults")}}
 FINDINGS = {"heatmap", "labels", "leaks", "map", "mixes", "neighbours", "senses", "settings", "weights"}
 SETTINGS = ("trainable", "frozen", "function")
 
 
-# --------------------------------------------------------------------------------------------------------- inputs
 def check_numbers(folder: Path) -> None:
     """Raises InputError if a JSON file or a finding that the report shows is missing from `folder`."""
     for name, command in MADE_BY.items():
@@ -66,28 +59,14 @@ def draw_figures(folder: Path) -> None:
         findings(result, folder)
 
 
-# -------------------------------------------------------------------------------------------------------- results
-def percent(share: float) -> str:
-    """92.43 for 0.92425. A tie goes up, as in the report, even if the binary fraction lies below it."""
-    return f"{100 * share + 1e-9:.2f}"
-
-
 def mean_and_std(number: dict) -> str:
-    """"91.23 ± 0.10", in percent; only the mean if there is one seed."""
-    shown = percent(number["mean"])
-    if number["std"] is not None:
-        shown += f" ± {percent(number['std'])}"
-    return shown
+    """"91.23 ± 0.10", in percent; only the mean if there is one seed. A tie goes up, as in the report."""
+    return " ± ".join(f"{100 * share + 1e-9:.2f}" for share in number.values() if share is not None)
 
 
-def perplexity_line(r: dict) -> tuple[str, str, str]:
-    """(what, number, command) of the language models, from pretraining.json; so do the functions below."""
-    test = r["splits"]["test"]
-    forward = test["forward"]["perplexity"]
-    backward = test["backward"]["perplexity"]
-    kneser_ney = test["forward"]["kneser_ney_perplexity"]
-    what = f"test perplexity, full softmax over {r['vocabulary']:,} words, forward and backward; Kneser-Ney, forward"
-    return what, f"{forward:.1f}, {backward:.1f}; {kneser_ney:.1f}", r["command"]
+def filled(what: str, number: str, r: dict) -> tuple[str, str, str]:
+    """(what, number, command) from two format strings and the JSON; so do the functions below."""
+    return what.format(**r), number.format(**r), r["command"]
 
 
 def accuracy_line(what: str, r: dict) -> tuple[str, str, str]:
@@ -101,13 +80,10 @@ def accuracy_line(what: str, r: dict) -> tuple[str, str, str]:
 def baseline_line(r: dict) -> tuple[str, str, str]:
     """How far the settings are from Word2Vec under the same head: mean of the seeds, then ensemble and its test."""
     word2vec = r["rows"]["word2vec"]
-    means = []
-    ensembles = []
-    for name in SETTINGS:
-        row = r["rows"][name]
-        test = row["against"]["word2vec"]
-        means.append(f"{100 * (row['test']['mean'] - word2vec['test']['mean']):+.2f}")
-        ensembles.append(f"{100 * test['difference']:+.2f} (p = {test['p']:.1g})")
+    rows = [r["rows"][name] for name in SETTINGS]
+    means = [f"{100 * (row['test']['mean'] - word2vec['test']['mean']):+.2f}" for row in rows]
+    tests = [row["against"]["word2vec"] for row in rows]
+    ensembles = [f"{100 * test['difference']:+.2f} (p = {test['p']:.1g})" for test in tests]
     what = (f"points above Word2Vec under the same head, settings `{'`, `'.join(SETTINGS)}`: mean of "
             f"{word2vec['seeds']} seeds; the seeds' mean probabilities")
     return what, f"{', '.join(means)}; {', '.join(ensembles)}", r["command"]
@@ -115,7 +91,6 @@ def baseline_line(r: dict) -> tuple[str, str, str]:
 
 def labels_line(r: dict) -> tuple[str, str, str]:
     """ELMo with 1 % of the labels beside Word2Vec with 3 %."""
-    r = r["labels"]
     shown = []
     for system, share in (("elmo", 1.0), ("word2vec", 3.0)):
         point = r["systems"][system][r["shares"].index(share)]
@@ -127,29 +102,15 @@ def labels_line(r: dict) -> tuple[str, str, str]:
 
 def senses_line(r: dict) -> tuple[str, str, str]:
     """How often the nearest uses of an ambiguous word have its class."""
-    r = r["senses"]
-    vote = 100 * r["votes"][r["best"]]
-    majority = 100 * r["majority"]
     what = "class of an ambiguous word's use predicted by its nearest uses; by the word's most frequent class"
-    return what, f"{vote:.1f} %; {majority:.1f} %", r["command"]
+    return what, f"{100 * r['votes'][r['best']]:.1f} %; {100 * r['majority']:.1f} %", r["command"]
 
 
-def speed_line(r: dict) -> tuple[str, str, str]:
-    """Training speed, with the machine."""
-    machine = r["machine"]
-    what = f"targets per second of training on {machine['cores']} cores ({machine['device']}); beside one busy process"
-    return what, f"{r['tokens_per_second']:,.0f}; {r['busy_tokens_per_second']:,.0f}", r["command"]
-
-
-def kills_line(r: dict) -> tuple[str, str, str]:
-    """Killed runs that ended with the weights of an undisturbed run."""
-    kills = r["kills"]
-    what = "runs killed at random moments, of them with a saved state; resumed to the same weights bit for bit"
-    return what, f"{kills['tried']}, {kills['with_state']}; {kills['survived']}", r["command"]
-
-
-LINES = [
-    ("pretraining", perplexity_line),
+LINES = [                               # (JSON file or finding, function of its content)
+    ("pretraining", partial(
+        filled, "test perplexity, full softmax over {vocabulary:,} words, forward and backward; Kneser-Ney, forward",
+        "{splits[test][forward][perplexity]:.1f}, {splits[test][backward][perplexity]:.1f}; "
+        "{splits[test][forward][kneser_ney_perplexity]:.1f}")),
     ("classification", partial(accuracy_line, "test accuracy on AG News, the biLM frozen")),
     ("baselines", baseline_line),
     ("finetuned", partial(accuracy_line, "AG News, the biLM fine-tuned")),
@@ -157,32 +118,34 @@ LINES = [
     ("sst5", partial(accuracy_line, "SST, five classes, whole sentences")),
     ("sst2", partial(accuracy_line, "SST, two classes")),
     ("nli", partial(accuracy_line, "a subset of MultiNLI's evaluation rows")),
-    ("findings", labels_line),
-    ("findings", senses_line),
-    ("bench", speed_line),
-    ("faults", kills_line)]
+    ("labels", labels_line),
+    ("senses", senses_line),
+    ("bench", partial(
+        filled, "targets per second of training on {machine[cores]} cores ({machine[device]}); beside one busy process",
+        "{tokens_per_second:,.0f}; {busy_tokens_per_second:,.0f}")),
+    ("faults", partial(
+        filled, "runs killed at random moments, of them with a saved state; resumed to the same weights bit for bit",
+        "{kills[tried]}, {kills[with_state]}; {kills[survived]}"))]
 
 
 def results(folder: Path) -> str:
     """The README's table of what the project shows, from the JSON files in `folder`, with the commands."""
     lines = ["| what | measured | by |", "|---|---|---|"]
     for name, line in LINES:
-        with read_json(folder / f"{name}.json") as r:
-            what, number, command = line(r)
+        file = "findings" if name in FINDINGS else name
+        with read_json(folder / f"{file}.json") as content:
+            what, number, command = line(content.get(name, content))
         lines.append(f"| {what} | {number} | `{command}` |")
     return "\n".join(lines)
 
 
 def with_results(readme: str, folder: Path) -> str:
     """The README with the table between its markers written anew."""
-    begin = "<!-- results -->\n"
-    end = "\n<!-- end -->"
-    before, rest = readme.split(begin)
-    after = rest.split(end)[1]
-    return before + begin + results(folder) + end + after
+    before, rest = readme.split("<!-- results -->\n")
+    _, after = rest.split("\n<!-- end -->")
+    return f"{before}<!-- results -->\n{results(folder)}\n<!-- end -->{after}"
 
 
-# ------------------------------------------------------------------------------------------- report and notebook
 def pdf(root: Path) -> bytes:
     """The compiled report. Raises InputError if the numbers in ROOT/models do not belong together."""
     try:

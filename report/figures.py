@@ -21,8 +21,7 @@ def findings(result: dict, out: Path) -> None:
     """Draws OUT/figures/finding_{name}.png for every finding in findings.json that has a picture."""
     for name, draw in FINDINGS.items():
         if name in result and result[name].get("example", True):
-            path = out / "figures" / f"finding_{name}.png"
-            save(draw(result[name]), path)
+            save(draw(result[name]), out / "figures" / f"finding_{name}.png")
 
 
 def leak_test(r: dict) -> Figure:
@@ -42,9 +41,8 @@ def leak_test(r: dict) -> Figure:
     panels[1].set_xticks(range(len(tokens)), tokens, rotation=60, ha="right", fontsize=8)
     before = r["moved_forward_before"] or "no"
     after = r["moved_backward_after"] or "no"
-    title = (f"A changed word moves {before} forward states before it and {after} backward states after it\n"
-             f"(shown: “{example['new']}” at the dotted line; n = {r['rows']} test rows)")
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(f"A changed word moves {before} forward states before it and {after} backward states after it\n"
+                    f"(shown: “{example['new']}” at the dotted line; n = {r['rows']} test rows)", fontsize=10)
     return figure
 
 
@@ -59,13 +57,11 @@ def similarity(r: dict) -> Figure:
         axes.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=11)
         axes.set_yticks(range(len(tokens)), tokens, fontsize=11)
         axes.set_xlabel(name, fontsize=12)
-    repeated = [token for token in tokens if tokens.count(token) == 2 and token != "the"]
-    word = max(repeated, key=len)
+    word = max((token for token in tokens if token != "the"), key=tokens.count)
     first, second = [place for place, token in enumerate(tokens) if token == word]
     cosine = layers[:, first, second]                                   # (3,)
-    title = (f"The two uses of “{word}” are the same vector in layer 0; "
-             f"their cosine is {cosine[1]:.2f} in layer 1 and {cosine[2]:.2f} in layer 2")
-    figure.suptitle(title, fontsize=13)
+    figure.suptitle(f"The two uses of “{word}” are the same vector in layer 0; "
+                    f"their cosine is {cosine[1]:.2f} in layer 1 and {cosine[2]:.2f} in layer 2", fontsize=13)
     figure.colorbar(image, ax=panels, shrink=0.7, label="cosine similarity")
     return figure
 
@@ -96,13 +92,12 @@ def layer_weights(r: dict) -> Figure:
         x = places + 0.27 * (j - 1)
         axes.bar(x, means[:, j], 0.25, color=LAYER_COLOURS[j], label=name)
         for place, s in zip(x, tasks.values(), strict=True):
-            dots = s[:, j]
-            axes.plot(np.full(len(dots), place), dots, ".", color="black", markersize=4)
+            axes.plot([place] * len(s), s[:, j], ".", color="black", markersize=4)
     axes.axhline(1 / 3, color="black", linewidth=0.8, linestyle=":")
     names = []
     for task, s in tasks.items():
-        counted = f"{len(s)} seeds" if len(s) > 1 else "1 seed"
-        names.append(f"{task}, {counted}".replace(", ", ",\n"))
+        plural = "s" if len(s) > 1 else ""
+        names.append(f"{task}, {len(s)} seed{plural}".replace(", ", ",\n"))
     axes.set_xticks(places, names, fontsize=8)
     top = np.sum(means.argmax(axis=1) == 2)
     title = (f"The top layer has the largest weight in {top} of {len(tasks)} runs, mean over seeds\n"
@@ -129,23 +124,11 @@ def sense_bars(r: dict) -> Figure:
                  label="the word's most frequent class")
     axes.set_ylim(0, 100)
     best = r["best"]
-    words = len(r["words"])
     title = (f"Layer {best}, best on validation rows, predicts the class of {votes[best]:.1f} % of uses\n"
-             f"({words} words, n = {r['uses']:,} test uses; 95 % interval over words)")
+             f"({len(r['words'])} words, n = {r['uses']:,} test uses; 95 % interval over words)")
     label(axes, title, "", "uses with the right class (%)")
     legend(axes, loc="upper left")
     return figure
-
-
-def error_scale(accuracy: np.ndarray) -> np.ndarray:
-    """Height of an accuracy in percent on an axis that is spaced by the logarithm of the error."""
-    error = np.maximum(100 - accuracy, 0.1)
-    return -np.log10(error)
-
-
-def from_error_scale(height: np.ndarray) -> np.ndarray:
-    """The inverse of `error_scale`."""
-    return 100 - 10 ** -height
 
 
 def few_labels(r: dict) -> Figure:
@@ -160,14 +143,15 @@ def few_labels(r: dict) -> Figure:
         axes.plot(shares, means[system], style, color=colour, label=name)
         ranges = [(test.min(), test.max()) for test in tests]
         plot_range(axes, shares, np.array(ranges), colour)
-    axes.set_yscale("function", functions=(error_scale, from_error_scale))
+    axes.set_yscale("function", functions=(
+        lambda accuracy: -np.log10(np.maximum(100 - accuracy, 0.1)),        # by the logarithm of the error
+        lambda height: 100 - 10 ** -height))
     low, high = axes.get_ylim()
     ticks = [tick for tick in ACCURACY_TICKS if low <= tick <= high]
     if len(ticks) >= 2:
         axes.set_yticks(ticks)
     axes.set_xscale("log")
-    counted = zip(shares, r["rows"], strict=True)
-    names = [f"{share:g}\n({rows:,})" for share, rows in counted]
+    names = [f"{share:g}\n({rows:,})" for share, rows in zip(shares, r["rows"], strict=True)]
     axes.set_xticks(shares, names, fontsize=8)
     axes.minorticks_off()
     elmo = means["elmo"][shares.index(1.0)]

@@ -5,33 +5,33 @@
     python report/findings.py --only senses     the named ones anew, the others as they are in the file
 
 findings.json: bilm (digest), and for each finding its command, versions, machine, minutes, peak_memory_gb and
-    labels (figure 1 of the paper): static (baselines.STATIC_VECTORS), shares (% of the training rows), rows,
-        chosen_on (validation rows by which weights, for tfidf hyperparameters, are chosen), measured (test rows),
-        systems.{elmo, word2vec, tfidf}: for each share {test, validation}, the accuracies of the seeds. The last share
-        is that of baselines.json. Below it each seed draws its own rows, for all systems
+    labels (figure 1 of the paper): static (baselines.STATIC_VECTORS), shares (% of the training rows), rows, chosen_on
+        (validation rows that choose weights or, for tfidf, hyperparameters), measured (test rows), systems.{elmo,
+        word2vec, tfidf}: for each share {test, validation}, the accuracies of the seeds, each with rows of its own, the
+        same ones for all systems; the last share is that of baselines.json
     mixes (tables 2 and 3): rows, seeds, epochs, variants.{name}: {validation, test: {mean, std}, s: of the first seed}
     senses (section 5.3; the sense of a use is taken to be the class of its row): rule, pool, voters, uses, majority
         (share of the uses that have the word's most frequent class in its pool), layers (share whose nearest use in
-        training rows has their class), votes (share that has the class for which the nearest uses vote by their
-        cosines), interval (of the votes; 95 %, bootstrap over words), words.{word}: uses, majority, layers, votes;
-        validation: the same for validation rows; best: the layer with the best votes there. In layer 0 all uses are
-        equally near: layers has the expected share and votes the majority
-    neighbours (table 4): words [{word, static: nearest words by x, uses: [{text, label, nearest, nearest_label,
-        cosine}]}]
+        training rows has their class), votes (share that has the class for which the nearest uses vote by cosine),
+        interval (of the votes; 95 %, bootstrap over words), words.{word} and validation: the same for a word and for
+        validation rows; best: the layer with the best votes there. In layer 0 all uses are equally near: layers has
+        the expected share, votes the majority
+    neighbours (table 4): words [{word, static (nearest words by x), uses}], uses [{text, label, nearest,
+        nearest_label, cosine}]
     weights (figure 2): tasks.{name}: s and gamma of each seed
     heatmap: text, tokens, layers: cosine similarity of every two words
     map: rows, x, y, labels, names: t-SNE of the documents' mean vectors; same: share of the rows whose nearest mean
         vector by cosine has their class, near copies included; same_static: the same for the means of layer 0
     settings (the assignment's question): rows, pairs [{one, other} and run.metrics.mcnemar of their ensembles]
-    leaks: rows, changed (rows in which every state of the new word changed), moved_forward_before and
-        moved_backward_after (how many states changed that must not, over layers and words); example: tokens,
-        changed_word, new, forward and backward [|change| of layers 1 and 2 at each word]
+    leaks: rows, changed (rows in which every state of the new word changed), moved_forward_before, moved_backward_after
+        (how many states changed that must not, over layers and words); example: tokens, changed_word, new, forward and
+        backward [|change| of layers 1 and 2 at each word]
 """
 import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
@@ -43,6 +43,7 @@ import torch.nn.functional as F
 from joblib import Memory
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.manifold import TSNE
+from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # run as `python report/findings.py`
@@ -51,7 +52,7 @@ import classification
 from classification import Config, ELMoVectors, Trainer
 from data.ag_news import CACHE
 from data.tasks import EncodedTexts, Part, Task, read_task
-from ELMO import ELMo
+from ELMO import HERE, ELMo
 from report import figures
 from report.baselines import LINEAR_MODELS, STATIC_VECTORS, StaticVectors, count_words, make_vectors, texts_of, tfidf
 from report.mixes import VARIANTS, ELMoAndWord2Vec, VariantConfig, VariantTrainer
@@ -61,15 +62,19 @@ from run.files import InputError, read_json, write_json
 from run.metrics import mcnemar, mean_and_std, validation_numbers
 from run.options import Parser, script
 
-ROOT = Path(__file__).resolve().parent.parent
+SEEDS = {0.1: 5, 0.3: 5, 1.0: 5, 3.0: 5, 10.0: 2, 30.0: 1}      # {% of the training rows that have labels: seeds}
+PARTS = ("test", "validation")
+EVALUATIONS = 3                                                 # of a run, on the validation rows
+RUNS = HERE / "build" / "findings"                              # finished runs of `labels`
+TASKS = {"classification": "AG News", "finetuned": "AG News, biLM fine-tuned", "sst5": "SST, 5 classes",
+         "sst2": "SST, 2 classes", "nli": "NLI"}
 
 
 @dataclass(eq=False)
 class Inputs:
     """What every finding starts from.
 
-    folder: of the published files. parts: all test rows, and the quarter of the validation rows by which runs with few
-    labels choose their weights; `quarter` has the texts of these.
+    folder: of the published files. parts: all test rows, and `quarter`, the validation rows that choose the weights.
     """
     folder: Path
     elmo: ELMo
@@ -79,6 +84,7 @@ class Inputs:
 
     @classmethod
     def read(cls, folder: Path) -> "Inputs":
+        """The inputs with the biLM in a folder."""
         elmo = ELMo.load(folder / "bilstm.pt", machine.default_device())
         task = read_task(Config(), elmo.config)
         quarter = task.validation.take(np.arange(0, len(task.validation), 4))
@@ -105,26 +111,20 @@ class Inputs:
 
     @cached_property
     def word2vec(self) -> StaticVectors:
+        """Word2Vec's vectors of the biLM's words."""
         return make_vectors("word2vec", Config(), self.elmo, self.task)
 
     @cached_property
     def vectorizers(self) -> dict[int, TfidfVectorizer]:
+        """What `tfidf` needs."""
         return count_words(self.task.corpus)
-
-
-# ----------------------------------------------------------------------------- few labels (figure 1 of the paper)
-SEEDS = {0.1: 5, 0.3: 5, 1.0: 5, 3.0: 5, 10.0: 2, 30.0: 1}      # {% of the training rows that have labels: seeds}
-PARTS = ("test", "validation")
-EVALUATIONS = 3                                                 # of a run, on the validation rows
-RUNS = ROOT / "build" / "findings"                              # finished runs of `labels`
 
 
 def trained(config: Config, vectors, inputs: Inputs, trainer_class: type = Trainer) -> Trainer:
     """A trainer after its run on `config.rows` labelled rows, with the weights that are best on validation rows."""
     task = inputs.task.with_labels(config.rows, config.seed)
     parts = inputs.parts | {"train": EncodedTexts(task.train, inputs.elmo)}
-    seeds = range(config.seed, config.seed + config.seeds)
-    trainer = trainer_class(config, vectors, parts, len(task.labels), seeds)
+    trainer = trainer_class(config, vectors, parts, len(task.labels))
     trainer.interval = math.ceil(trainer.steps / EVALUATIONS)
     run = classification.train(trainer)
     if not run.finished or run.stop_event.is_set():
@@ -142,8 +142,8 @@ def accuracies(trainer: Trainer, texts: EncodedTexts) -> dict[str, list[float]]:
 def few_labels(inputs: Inputs, system: str, share: float, seed: int, recipe: str) -> dict:
     """{"test", "validation"}: accuracy of one system with so many % of the labels, drawn by the seed; minutes.
 
-    The options are the same for ELMo and Word2Vec; they were chosen on validation rows with 1 % of the labels. Results
-    are kept on disk, by the arguments but `inputs`; `recipe` names what else they depend on.
+    ELMo and Word2Vec have the same options, chosen on validation rows with 1 % of the labels. recipe: what a result on
+    disk depends on, beside the other arguments.
     """
     begin = time.perf_counter()
     rows = round(len(inputs.task.train) * share / 100)
@@ -177,15 +177,12 @@ def labels(inputs: Inputs) -> dict:
             minutes += sum(run["minutes"] for run in runs)
             points.append({part: [run[part] for run in runs] for part in PARTS})
             print(f"{share:g} % of the labels, {system}: {np.mean(points[-1]['test']):.2%}", flush=True)
-    for system, points in systems.items():
-        points.append(with_all[system])
     shares = [*SEEDS, 100.0]
     return {"shares": shares, "rows": [round(total * share / 100) for share in shares],
             "chosen_on": len(inputs.quarter), "measured": len(inputs.task.test), "static": STATIC_VECTORS,
-            "systems": systems, "minutes": minutes}
+            "systems": {system: [*points, with_all[system]] for system, points in systems.items()}, "minutes": minutes}
 
 
-# ---------------------------------------------------------------------------------------- mixes (tables 2 and 3)
 def mixes(inputs: Inputs) -> dict:
     """All layers against one, how free s is, where ELMo enters: trained side by side on a twentieth of the labels."""
     config = VariantConfig(rows=len(inputs.task.train) // 20, seeds=3, epochs=5.0)
@@ -201,7 +198,6 @@ def mixes(inputs: Inputs) -> dict:
     return {"rows": config.rows, "seeds": config.seeds, "epochs": config.epochs, "variants": variants}
 
 
-# -------------------------------------------------------------------------- senses and neighbours (section 5.3)
 def senses(inputs: Inputs) -> dict:
     """Senses in test rows, and in validation rows, by which the best layer is chosen."""
     few = MIN_USES // 2                         # there are half as many validation rows
@@ -214,11 +210,6 @@ def senses(inputs: Inputs) -> dict:
 def neighbours(inputs: Inputs) -> dict:
     """The most evenly ambiguous words, the nearest words by x, and the nearest uses of two of their test uses."""
     return {"words": nearest_uses(inputs.test_uses, inputs.elmo, inputs.task)}
-
-
-# ----------------------------------------------------------------------------------------- from what was published
-TASKS = {"classification": "AG News", "finetuned": "AG News, biLM fine-tuned", "sst5": "SST, 5 classes",
-         "sst2": "SST, 2 classes", "nli": "NLI"}
 
 
 def weights(inputs: Inputs) -> dict:
@@ -241,15 +232,12 @@ def settings(inputs: Inputs) -> dict:
     return {"rows": len(inputs.task.test), "pairs": pairs}
 
 
-# ----------------------------------------------------------------------------------------------- from the vectors
-SENTENCE = "The bank raised interest rates after the team left the bank of the river."
-
-
 def heatmap(inputs: Inputs) -> dict:
     """Cosine similarity of every two words of a sentence, by layer."""
-    h = F.normalize(inputs.elmo.embed([SENTENCE])[0], dim=2)                    # (3, n, D)
+    text = "The bank raised interest rates after the team left the bank of the river."
+    h = F.normalize(inputs.elmo.embed([text])[0], dim=2)                        # (3, n, D)
     similar = h @ h.transpose(1, 2)                                             # (3, n, n)
-    return {"text": SENTENCE, "tokens": inputs.elmo.tokenize(SENTENCE), "layers": similar.tolist()}
+    return {"text": text, "tokens": inputs.elmo.tokenize(text), "layers": similar.tolist()}
 
 
 def document_map(inputs: Inputs, rows: int = 2_000) -> dict:
@@ -260,23 +248,14 @@ def document_map(inputs: Inputs, rows: int = 2_000) -> dict:
     layers = torch.stack(means, dim=1)                                          # (3, rows, D)
 
     def same_class(vectors: Tensor) -> float:
-        unit = F.normalize(vectors, dim=1)
-        neighbour = (unit @ unit.T).fill_diagonal_(-1).argmax(dim=1)
-        return float((part.labels[neighbour.numpy()] == part.labels).mean())
+        neighbours = NearestNeighbors(n_neighbors=1, metric="cosine").fit(vectors).kneighbors(return_distance=False)
+        return float((part.labels[neighbours[:, 0]] == part.labels).mean())
 
     average = layers.mean(dim=0)                                                # (rows, D)
     points = TSNE(metric="cosine", init="pca", random_state=0).fit_transform((average - average.mean(dim=0)).numpy())
     x, y = points.round(2).T.tolist()
     return {"rows": len(part), "x": x, "y": y, "labels": part.labels.tolist(), "names": inputs.task.labels,
             "same": same_class(average), "same_static": same_class(layers[0])}
-
-
-def replaced(elmo: ELMo, text: str, generator: np.random.Generator) -> tuple[list[str], int, list[str]]:
-    """(tokens of a text, position of one of them, the tokens with another word there)."""
-    tokens = elmo.tokenize(text)
-    k = int(generator.integers(len(tokens)))
-    new = "microsoft" if "iraq" in tokens else "iraq"
-    return tokens, k, [*tokens[:k], new, *tokens[k + 1:]]
 
 
 def leaks(inputs: Inputs, rows: int = 500) -> dict:
@@ -287,7 +266,9 @@ def leaks(inputs: Inputs, rows: int = 500) -> dict:
     example = None
     texts = [text for text in texts_of(inputs.task.test) if len(elmo.tokenize(text)) >= 3]
     for i in generator.permutation(len(texts))[:rows]:
-        tokens, k, other = replaced(elmo, texts[i], generator)
+        tokens = elmo.tokenize(texts[i])
+        k = int(generator.integers(len(tokens)))
+        other = [*tokens[:k], "microsoft" if "iraq" in tokens else "iraq", *tokens[k + 1:]]
         if any(elmo.tokenize(" ".join(words)) != words for words in (tokens, other)):
             continue                            # tokens that would be cut in another way if spaces stood between them
         before, = elmo.embed([" ".join(tokens)])                                # one by one: two rows of one product
@@ -305,36 +286,30 @@ def leaks(inputs: Inputs, rows: int = 500) -> dict:
     return counts | {"example": example}
 
 
-# ----------------------------------------------------------------------------------------------------------- main
-FINDINGS: dict[str, Callable[[Inputs], dict]] = {
+FINDINGS = {
     "leaks": leaks, "heatmap": heatmap, "map": document_map, "weights": weights, "settings": settings,
     "senses": senses, "neighbours": neighbours, "mixes": mixes, "labels": labels}
-
-
-def earlier_findings(file: Path, digest: str) -> dict:
-    """The content of findings.json if it is of this biLM, otherwise only the digest."""
-    if file.exists():
-        with read_json(file) as result:
-            if result["bilm"] == digest:
-                return result
-    return {"bilm": digest}
 
 
 @script("findings.py")
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, 2 for an input that the user can fix, 130 after Ctrl-C; finished findings stay in the file."""
     parser = Parser(prog="findings.py", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "models", help="folder of the published files and the JSON")
+    parser.add_argument("--out", type=Path, default=HERE / "models", help="folder of the published files and the JSON")
     parser.add_argument("--only", default=",".join(FINDINGS), help="these findings, with commas between: %(default)s")
     parser.add_argument("--resume", action="store_true", help="leave out what is finished for this biLM")
     options = parser.parse_args(argv)
     wanted = options.only.split(",")
-    unknown = [name for name in wanted if name not in FINDINGS]
-    if unknown:
-        raise InputError(f"--only names {unknown[0]!r}; expected some of {', '.join(FINDINGS)}")
+    for name in wanted:
+        if name not in FINDINGS:
+            raise InputError(f"--only names {name!r}; expected some of {', '.join(FINDINGS)}")
     inputs = Inputs.read(options.out)
     file = options.out / "findings.json"
-    result = earlier_findings(file, inputs.elmo.digest)
+    result = {"bilm": inputs.elmo.digest}
+    if file.exists():
+        with read_json(file) as earlier:
+            if earlier["bilm"] == inputs.elmo.digest:
+                result = earlier
     if not options.resume:          # what is made anew leaves the file first, so that --resume can go on after a stop
         result = {name: content for name, content in result.items() if name not in wanted}
         write_json(file, result)
@@ -346,8 +321,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         begin = time.perf_counter()
         found = FINDINGS[name](inputs)
         about = machine.provenance(inputs.elmo.device, time.perf_counter() - begin)
-        about["command"] = f"python report/findings.py --only {name}"
-        result[name] = about | found
+        result[name] = about | {"command": f"python report/findings.py --only {name}"} | found
         write_json(file, result)
         print(f"{name}: {result[name]['minutes']:.1f} minutes", flush=True)
     figures.findings(result, options.out)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from classification import Config, ELMoVectors, Head, Trainer
 from data.text import Encoded
-from ELMO import ELMo
+from ELMO import ELMo, ScalarMix
 from report.baselines import STATIC_VECTORS, StaticVectors
 from run.files import InputError
 
@@ -56,65 +56,62 @@ class ELMoAndWord2Vec(ELMoVectors):
             raise InputError(f"the biLM's vectors have {self.width} numbers; `mixes` needs {word2vec.width}")
 
     def __call__(self, encoded: Encoded, rows: np.ndarray, dtype: torch.dtype, run_both: Callable = map) -> Tensor:
-        layers = super().__call__(encoded, rows, dtype, run_both)                    # (3, T, B, D)
+        layers = super().__call__(encoded, rows, dtype, run_both)               # (3, T, B, D)
         word2vec = self.word2vec(encoded, rows, layers.dtype)                   # (1, T, B, 300)
         return torch.cat([layers, F.pad(word2vec, (0, self.width - self.word2vec.width))])
 
 
+class VariantMix(ScalarMix):
+    """What a variant reads at both places, side by side: (4, T, B, D) from ELMoAndWord2Vec -> (T, B, width)."""
+
+    def __init__(self, variant: Variant):
+        super().__init__(len(variant.layers))
+        self.variant = variant
+        if variant.strength:
+            self.w.register_hook(lambda gradient: gradient + 2 * variant.strength * self.w.detach())
+
+    def forward(self, layers: Tensor) -> Tensor:
+        """(T, B, width): Word2Vec if the variant has it, then the mix once for each place where it is read."""
+        mix = super().forward(layers[list(self.variant.layers)])                # (T, B, D)
+        vectors = [layers[-1, ..., :STATIC]] if self.variant.word2vec else []
+        return torch.cat(vectors + [mix] * (self.variant.elmo_input + self.variant.elmo_output), dim=-1)
+
+
 class VariantHead(Head):
-    """A head that reads what its variant says.
+    """A head that reads what its variant says; layers and width are those of ELMoAndWord2Vec, 4 and D.
 
     ELMo at the output stands beside the LSTM's states and is pooled with them. At both places it is the same mix, while
     the paper learns two.
     """
 
     def __init__(self, config: Config, name: str, layers: int, width: int, classes: int):
-        """layers and width are those of ELMoAndWord2Vec: 4 and D."""
         variant = VARIANTS[name]
-        read_width = variant.word2vec * STATIC + variant.elmo_input * width
-        super().__init__(config, "trainable", len(variant.layers), read_width, classes)
-        self.variant = variant
-        self.read_width = read_width                            # of what the LSTM reads
+        self.read_width = variant.word2vec * STATIC + variant.elmo_input * width            # of what the LSTM reads
+        super().__init__(config, "trainable", len(variant.layers), self.read_width, classes)
+        self.mix = VariantMix(variant)
         if variant.elmo_output:
-            self.width = read_width + width                     # of the dropout mask, which covers both places
-            self.text_width = 6 * (config.hidden + width)
+            self.width += width                                 # of the dropout mask, which covers both places
+            self.text_width += 6 * width
             self.attention = nn.Linear(config.hidden + width, 1)
             self.out = nn.Linear(self.text_width, classes)
-        if variant.strength:
-            self.mix.w.register_hook(lambda gradient: gradient + 2 * variant.strength * self.mix.w.detach())
 
-    def forward(self, layers: Tensor, lengths: Tensor, masks: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """(N, C) logits of `layers` (4, T, B, D) from ELMoAndWord2Vec."""
-        mix = self.mix(layers[list(self.variant.layers)])                       # (T, B, D)
-        vectors = [layers[-1, ..., :STATIC]] if self.variant.word2vec else []
-        vectors += [mix] * (self.variant.elmo_input + self.variant.elmo_output)
-        x = torch.cat(vectors, dim=-1)                                          # (T, B, width)
-        if masks is not None:
-            x = x * masks[1].to(x.dtype)
-        h = self.read(x[..., :self.read_width], lengths)                        # (2, T, B, H)
-        if self.variant.elmo_output:
-            output = x[..., self.read_width:].expand(2, -1, -1, -1)
-            h = torch.cat([h, output.to(h.dtype)], dim=-1)                      # (2, T, B, H + D)
-        inside = torch.arange(len(x), device=x.device)[:, None] < lengths       # (T, B)
-        text = self.pool(h, inside)                                             # (B, text_width)
-        if masks is not None:
-            text = text * masks[0].to(text.dtype)
-        return self.out(text).float()
+    def read(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """(2, T, B, H) states from x (T, B, width), with ELMo at the output (2, T, B, H + D)."""
+        h = super().read(x[..., :self.read_width], lengths)
+        output = x[..., self.read_width:].expand(2, -1, -1, -1)                 # (2, T, B, D or 0)
+        return torch.cat([h, output.to(h.dtype)], dim=-1)
 
 
-@dataclass(frozen=True)
 class VariantConfig(Config):
     """Options of classification, with every variant as a setting."""
-
-    @property
-    def settings(self) -> tuple[str, ...]:
-        return tuple(VARIANTS)
+    settings = tuple(VARIANTS)
 
 
 class VariantTrainer(Trainer):
     """Trains the heads of all variants side by side."""
 
     def new_head(self, setting: str, classes: int, seed: int) -> VariantHead:
+        """A head of the variant that `setting` names."""
         with torch.random.fork_rng(devices=[]):
             head = VariantHead(self.config, setting, self.vectors.layers, self.vectors.width, classes)
         return head.initialize(seed)

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
+import pandas as pd
 import torch.nn.functional as F
+from nltk import ngrams, trigrams
 from scipy.stats import entropy
 
 from data.tasks import Part, Task
@@ -32,10 +34,9 @@ VOTERS = 10             # nearest uses that vote
 COPIED_WORDS = 8        # rows that share so many words in a row are near copies, whose class proves nothing
 
 
-# ------------------------------------------------------------------------------------------------ words and uses
 @dataclass
 class Uses:
-    """The uses of one word: vectors (uses, 3, D) of unit length, and for each use its row, class and row's tokens."""
+    """The uses of one word: vectors (uses, 3, D) of unit length, their rows and classes, and all rows' tokens."""
     vectors: np.ndarray
     rows: np.ndarray
     classes: np.ndarray
@@ -43,8 +44,7 @@ class Uses:
 
     def take(self, chosen: list[int]) -> "Uses":
         """The uses with these numbers."""
-        tokens = [self.tokens[i] for i in chosen]
-        return Uses(self.vectors[chosen], self.rows[chosen], self.classes[chosen], tokens)
+        return Uses(self.vectors[chosen], self.rows[chosen], self.classes[chosen], self.tokens)
 
 
 def nouns(tokens: list[list[str]]) -> set[str]:
@@ -53,7 +53,7 @@ def nouns(tokens: list[list[str]]) -> set[str]:
     like_nouns = Counter()
     for row in tokens:
         seen.update(row)
-        for before, word, after in zip(row, row[1:], row[2:], strict=False):
+        for before, word, after in trigrams(row):
             if before in DETERMINERS and after in FOLLOWERS:
                 like_nouns[word] += 1
     return {word for word, count in like_nouns.items() if count >= NOUN_SHARE * seen[word] and word.isalpha()}
@@ -61,49 +61,35 @@ def nouns(tokens: list[list[str]]) -> set[str]:
 
 def ambiguous(words: set[str], tokens: list[list[str]], classes: np.ndarray, min_uses: int) -> list[str]:
     """The words that rows of these tokens and classes use often enough and in several classes, by RULE; sorted."""
-    counts = {word: Counter() for word in words}
-    for row, label in zip(tokens, classes.tolist(), strict=True):
-        for word in row:
-            if word in counts:
-                counts[word][label] += 1
-    found = []
-    for word, by_class in counts.items():
-        uses = by_class.total()
-        if uses >= min_uses and max(by_class.values()) <= MAX_SHARE * uses:
-            found.append(word)
-    return sorted(found)
+    every_token = pd.Series(tokens, index=classes).explode()
+    found = every_token[every_token.isin(words)]
+    counts = pd.crosstab(found, found.index)                                # words by classes
+    uses = counts.sum(axis=1)
+    chosen = (uses >= min_uses) & (counts.max(axis=1) <= MAX_SHARE * uses)
+    return sorted(counts.index[chosen])
 
 
-def places_of(words: Sequence[str], tokens: list[list[str]], max_uses: float) -> dict[int, list[tuple[str, int]]]:
-    """{row: [(word, position)]} for the first `max_uses` uses of each word, in a random order of the rows."""
+def find_uses(elmo: ELMo, part: Part, tokens: list[list[str]], words: Sequence[str],
+              max_uses: float = math.inf) -> dict[str, Uses]:
+    """{word: its uses in a part's rows, the first `max_uses` in a random order of the rows}; tokens: of each row."""
     counts = dict.fromkeys(words, 0)
-    places = defaultdict(list)
+    places = defaultdict(list)                                              # of a row: (word, position)
     for row in np.random.default_rng(0).permutation(len(tokens)).tolist():
         for k, word in enumerate(tokens[row]):
             if word in counts and counts[word] < max_uses:
                 counts[word] += 1
                 places[row].append((word, k))
-    return places
-
-
-def find_uses(elmo: ELMo, part: Part, tokens: list[list[str]], words: Sequence[str],
-              max_uses: float = math.inf) -> dict[str, Uses]:
-    """{word: its uses in a part's rows, at most `max_uses`}; tokens: those of each row, in which each word stands."""
-    places = places_of(words, tokens, max_uses)
-    in_order = sorted(places)
     vectors = {word: [] for word in words}
     rows = {word: [] for word in words}
+    in_order = sorted(places)
     stream = elmo.embed_stream(texts_of(part.take(in_order)), "bf16")
     for row, layers in zip(in_order, stream, strict=True):
         for word, k in places[row]:
             unit = F.normalize(layers[:, k], dim=1).half()                  # (3, D)
             vectors[word].append(unit.numpy())
             rows[word].append(row)
-    uses = {}
-    for word in words:
-        row_tokens = [tokens[row] for row in rows[word]]
-        uses[word] = Uses(np.stack(vectors[word]), np.array(rows[word]), part.labels[rows[word]], row_tokens)
-    return uses
+    return {word: Uses(np.stack(vectors[word]), np.array(rows[word]), part.labels[rows[word]], tokens)
+            for word in words}
 
 
 def uses_by_word(elmo: ELMo, task: Task, part: str, train_tokens: list[list[str]],
@@ -120,12 +106,6 @@ def uses_by_word(elmo: ELMo, task: Task, part: str, train_tokens: list[list[str]
     return {word: (queries[word], pool[word]) for word in words}
 
 
-# --------------------------------------------------------------------------------------------------- nearest uses
-def grams(tokens: list[str]) -> set[tuple[str, ...]]:
-    """All sequences of COPIED_WORDS tokens."""
-    return {tuple(tokens[i:i + COPIED_WORDS]) for i in range(len(tokens) - COPIED_WORDS + 1)}
-
-
 def cosines(queries: Uses, pool: Uses, layer: int) -> np.ndarray:
     """(queries, pool) cosine similarities."""
     a = queries.vectors[:, layer].astype(np.float32)
@@ -133,13 +113,14 @@ def cosines(queries: Uses, pool: Uses, layer: int) -> np.ndarray:
     return a @ b.T
 
 
-def nearest(queries: Uses, pool: Uses, layer: int, count: int = 1) -> list[list[int]]:
-    """For each query the numbers of the `count` nearest uses in the pool by cosine, near copies left out."""
+def nearest(queries: Uses, pool: Uses, similar: np.ndarray, count: int) -> list[list[int]]:
+    """For each query the numbers of the `count` nearest uses in the pool, near copies left out; similar: `cosines`."""
     found = []
-    orders = np.argsort(-cosines(queries, pool, layer)).tolist()
-    for tokens, order in zip(queries.tokens, orders, strict=True):
-        copied = grams(tokens)
-        originals = (i for i in order if copied.isdisjoint(grams(pool.tokens[i])))
+    orders = np.argsort(-similar).tolist()
+    pool_tokens = [pool.tokens[row] for row in pool.rows]
+    for row, order in zip(queries.rows, orders, strict=True):
+        copied = set(ngrams(queries.tokens[row], COPIED_WORDS))
+        originals = (i for i in order if copied.isdisjoint(ngrams(pool_tokens[i], COPIED_WORDS)))
         found.append(list(islice(originals, count)) or order[:1])
     return found
 
@@ -157,7 +138,7 @@ def correct_classes(queries: Uses, pool: Uses, layer: int) -> np.ndarray:
     similar = cosines(queries, pool, layer)
     first = []
     votes = []
-    for i, uses in enumerate(nearest(queries, pool, layer, VOTERS)):
+    for i, uses in enumerate(nearest(queries, pool, similar, VOTERS)):
         classes = pool.classes[uses]
         first.append(classes[0])
         votes.append(np.bincount(classes, similar[i, uses]).argmax())
@@ -181,8 +162,7 @@ def sense_accuracy(uses: dict[str, tuple[Uses, Uses]]) -> dict:
     sizes = np.array([numbers["uses"] for numbers in words.values()])       # (words,)
     share = hits.sum(axis=0) / sizes.sum()                                  # (3, 2)
     layers, votes = share.T.tolist()
-    generator = np.random.default_rng(0)
-    drawn = generator.integers(len(words), size=(2_000, len(words)))
+    drawn = np.random.default_rng(0).integers(len(words), size=(2_000, len(words)))
     resampled = hits[drawn, :, 1].sum(axis=1) / sizes[drawn].sum(axis=1)[:, None]           # (2000, 3)
     interval = np.percentile(resampled, [2.5, 97.5], axis=0).T.tolist()
     return {"words": words, "uses": int(sizes.sum()), "majority": votes[0],
@@ -195,26 +175,21 @@ def nearest_uses(uses: dict[str, tuple[Uses, Uses]], elmo: ELMo, task: Task, sho
     The two uses stand in test rows of the word's two most frequent classes, the nearest ones in training rows.
     """
     evenness = {word: entropy(np.bincount(queries.classes)) for word, (queries, _) in uses.items()}
+    table = F.normalize(elmo.model.table, dim=1)
     words = []
     for word in sorted(uses, key=evenness.get, reverse=True)[:shown]:
         queries, pool = uses[word]
         pairs = []
         for label in np.bincount(queries.classes).argsort()[::-1][:2]:
             use = queries.take(np.flatnonzero(queries.classes == label)[:1])
-            near = pool.take(nearest(use, pool, layer=2)[0])
+            near = pool.take(nearest(use, pool, cosines(use, pool, layer=2), 1)[0])
             pairs.append({
                 "text": task.test.texts[use.rows[0]][0],
                 "label": task.labels[label],
                 "nearest": task.train.texts[near.rows[0]][0],
                 "nearest_label": task.labels[near.classes[0]],
                 "cosine": float(cosines(use, near, layer=2)[0, 0])})
-        words.append({"word": word, "static": nearest_words(word, elmo), "uses": pairs})
+        similar = table @ table[elmo.words.index[word]]                     # (V,)
+        static = [elmo.words.words[i] for i in similar.topk(7).indices[1:]]             # without the word itself
+        words.append({"word": word, "static": static, "uses": pairs})
     return words
-
-
-def nearest_words(word: str, elmo: ELMo, count: int = 6) -> list[str]:
-    """The words whose rows of the word table are nearest by cosine."""
-    table = F.normalize(elmo.model.table, dim=1)
-    similar = table @ table[elmo.words.index[word]]                         # (V,)
-    found = similar.topk(count + 1).indices[1:]                             # without the word itself
-    return [elmo.words.words[i] for i in found]

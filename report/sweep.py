@@ -5,6 +5,7 @@
 """
 import sys
 from dataclasses import replace
+from operator import methodcaller
 from pathlib import Path
 from zlib import crc32
 
@@ -32,8 +33,7 @@ def trainers(config):
     task = classification.read_task(config, elmo.config)
     parts = {name: classification.EncodedTexts(getattr(task, name), elmo) for name in ("train", "validation")}
     vectors = classification.ELMoVectors(elmo.model)
-    seeds = range(config.seed, config.seed + config.seeds)
-    return lambda drawn: classification.Trainer(drawn, vectors, parts, len(task.labels), seeds, elmo.digest)
+    return lambda drawn: classification.Trainer(drawn, vectors, parts, len(task.labels), elmo.digest)
 
 
 def distribution(text: str, config) -> tuple[str, optuna.distributions.BaseDistribution]:
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
             trial = study.ask(space)
             study.tell(trial, lowest(module.train, trainer_of(replace(config, **trial.params))))
             best = "".join(f"{option} = {value!r}\n" for option, value in study.best_params.items())
-            write_atomically(options.out / f"{module.__name__}.toml", lambda file, text=best: file.write(text.encode()))
+            write_atomically(options.out / f"{module.__name__}.toml", methodcaller("write", best.encode()))
             print(f"trial {trial.number + 1}: best {study.best_value:.4f} with {study.best_params}", flush=True)
     except SQLAlchemyError as error:
         raise InputError(f"{options.out}/studies.db cannot be used ({one_line(error)}); choose another --out") from None
