@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +39,7 @@ from data.batches import Sampler, batches, collate, reverse_within_lengths
 from data.characters import CharacterCNN
 from data.text import PAD, SPECIAL, Data, Encoded, Vocabulary, tokenize, tokenize_texts
 from data.word2vec import unit_variance, word2vec
-from run import checkpoint, figures, inference, machine, metrics, ngram
+from run import checkpoint, inference, machine, metrics, ngram
 from run.files import InputError, folder_lock, write_json
 from run.machine import autocast
 from run.optimization import Optimizers, clip_gradients, dropout_mask, group, learning_rate_factor
@@ -541,11 +541,9 @@ class ELMo:
             encoded = self.encode(chunk)
             parts = batches(encoded.lengths, 1500 if self.device.type == "cpu" else 6000)
             found = machine.map_on_cores(partial(self.embed_batch, encoded, dtype), parts, self.device)
-            vectors = {}
-            for rows, of_rows in zip(parts, found, strict=True):
-                vectors.update(zip(rows.tolist(), of_rows, strict=True))
-            for row in range(len(chunk)):
-                yield vectors[row]
+            vectors = list(chain.from_iterable(found))
+            for place in np.argsort(np.concatenate(parts)):         # where the vectors of row 0, 1, .. stand
+                yield vectors[place]
 
     @torch.no_grad()
     def embed_batch(self, encoded: Encoded, dtype: torch.dtype, rows: np.ndarray) -> list[Tensor]:
@@ -605,6 +603,7 @@ def publish(run: Run, out: Path, seconds: float) -> None:
         "parameters": sum(weight.numel() for weight in elmo.model.state_dict().values()),
         "file_mb": (out / "bilstm.pt").stat().st_size / 1e6, "digest": elmo.digest,
         "unknown": trainer.data.unknown(), "history": elmo.history, "splits": splits, "confusion": confusion}
+    from run import figures  # imported here, because Matplotlib takes a while
     figures.pretraining(result, out)
     write_json(out / "pretraining.json", result)
     print(metrics.perplexity_table(result))

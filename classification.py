@@ -38,7 +38,7 @@ from data.batches import batches, collate, reverse_within_lengths
 from data.tasks import EncodedTexts, Part, Task, check_rows, read_task
 from data.text import Data, Encoded, Vocabulary, tokenize_texts
 from ELMO import BiLM, ELMo, ScalarMix
-from run import checkpoint, figures, inference, machine, metrics
+from run import checkpoint, inference, machine, metrics
 from run.files import InputError, folder_lock, write_json
 from run.machine import autocast
 from run.optimization import Optimizers, clip_gradients, dropout_mask, group, learning_rate_factor, moving_average
@@ -315,12 +315,11 @@ class Trainer:
     unit = "rows"       # of the progress bar
     rank = 0            # there is one process
 
-    def __init__(self, config: Config, vectors, parts: dict[str, EncodedTexts], classes: int, seeds: Sequence[int],
-                 digest: str = ""):
+    def __init__(self, config: Config, vectors, parts: dict[str, EncodedTexts], classes: int, digest: str = ""):
         self.config = config
         self.vectors = vectors
         self.parts = parts                      # "train", "validation", "test"
-        self.seeds = list(seeds)
+        self.seeds = range(config.seed, config.seed + config.seeds)
         self.digest = digest                    # of the biLM, for `identity`
         self.device = vectors.device
         self.dtype = machine.compute_dtype(config.precision, self.device)
@@ -349,7 +348,7 @@ class Trainer:
 
     def start_epoch(self, epoch: int) -> None:
         """New batches of rows of about equal length, the same ones for all learners."""
-        generator = np.random.default_rng([self.seeds[0], epoch])
+        generator = np.random.default_rng([self.config.seed, epoch])
         positions = self.config.batch_tokens // (1 + self.config.pair)
         self.epoch = epoch
         self.batches = batches(self.parts["train"].lengths, positions, generator)
@@ -373,9 +372,8 @@ class Trainer:
 
     def identity(self) -> dict:
         """What a resumed run must share with the run that it continues."""
-        texts = [part.digest() for part in self.parts.values()]
-        about = {"texts": texts, "biLM": self.digest, "seeds": self.seeds}
-        return identity_of(self.config, FORMAT, self.dtype) | about
+        texts = [part.digest for part in self.parts.values()]
+        return identity_of(self.config, FORMAT, self.dtype) | {"texts": texts, "biLM": self.digest}
 
     def state(self) -> dict:
         """Everything that the next step depends on, beside the identity."""
@@ -602,9 +600,8 @@ def classify(config: Config, out: Path, bilstm: Path, resume: bool, make_vectors
             elmo = ELMo.from_run(runs[0])
         parts = {part: EncodedTexts(getattr(task, part), elmo, CACHE) for part in ("train", "validation", "test")}
         vectors = ELMoVectors(elmo.model) if make_vectors is None else make_vectors(config, elmo, task)
-        seeds = range(config.seed, config.seed + config.seeds)
         print(f"{task.summary()}; {', '.join(config.settings)}; {config.seeds} seed(s)", flush=True)
-        trainer = Trainer(config, vectors, parts, len(task.labels), seeds, digest)
+        trainer = Trainer(config, vectors, parts, len(task.labels), digest)
         run = train(trainer, out / f"{name}.resume.pt", resume)
         if not run.finished:
             return 130
@@ -615,6 +612,7 @@ def classify(config: Config, out: Path, bilstm: Path, resume: bool, make_vectors
         runs.append(run)
         seconds = time.perf_counter() - begin + sum(run.earlier for run in runs)
         result |= machine.provenance(trainer.device, seconds)
+        from run import figures  # imported here, because Matplotlib takes a while
         figures.classification(result, out, "" if name == "classifier" else name)
         write_json(out / f"{'classification' if name == 'classifier' else name}.json", result)
         print(metrics.accuracy_table(result))

@@ -22,6 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # for `python data/ag_news.py`
 
 from run.files import InputError, one_line, read_text
+from run.options import script
 
 HERE = Path(__file__).resolve().parent
 CACHE = HERE / "cache"          # tokenized corpora
@@ -181,19 +182,16 @@ def hashed_ngrams(text: str, n: int) -> list[int]:
     return [hash(tuple(words[i:i + n])) for i in range(len(words) - n + 1)]
 
 
-def main() -> int:
+@script("ag_news.py")
+def main(_: Sequence[str] | None) -> int:
     """Prints for both files their rows per class and their hash."""
-    try:
-        folder = ag_news_folder()
-        for part, original in SHA256.items():
-            file = folder / f"{part}.csv"
-            classes = read_csv(file)["class"].value_counts().sort_index().to_dict()
-            sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
-            kind = "the original" if sha256 == original else "not the original, accepted as it is"
-            print(f"{file}: {sum(classes.values()):,} rows, by class {classes}, SHA-256 {sha256} ({kind})")
-    except InputError as error:
-        print(f"ag_news.py: {error}", file=sys.stderr)
-        return 2
+    folder = ag_news_folder()
+    for part, original in SHA256.items():
+        file = folder / f"{part}.csv"
+        classes = read_csv(file)["class"].value_counts().sort_index().to_dict()
+        sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+        kind = "the original" if sha256 == original else "not the original, accepted as it is"
+        print(f"{file}: {sum(classes.values()):,} rows, by class {classes}, SHA-256 {sha256} ({kind})")
     return 0
 
 

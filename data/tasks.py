@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,7 @@ class EncodedTexts:
         self.words = self.encoded.lengths
         self.lengths = self.words.reshape(2 if self.pair else 1, -1).max(axis=0)
 
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of the labels and the tokens."""
         tokens = self.encoded.tokens

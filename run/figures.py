@@ -44,13 +44,10 @@ def classification(result: dict, out: Path, stem: str) -> None:
     prefix = f"{stem}_" if stem else ""
     for setting, numbers in result["settings"].items():
         for part in ("train", "test"):
-            if "confusion" not in numbers[part]["ensemble"]:
-                continue
-            rows = f"{setting}, {part} rows"
-            figure = class_confusion(result["labels"], numbers[part], rows)
-            save(figure, folder / f"confusion_{prefix}{setting}_{part}.png")
-    name = stem or "classification"
-    save(learning_curves(result), folder / f"curves_{name}.png")
+            if "confusion" in numbers[part]["ensemble"]:
+                figure = class_confusion(result["labels"], numbers[part], f"{setting}, {part} rows")
+                save(figure, folder / f"confusion_{prefix}{setting}_{part}.png")
+    save(learning_curves(result), folder / f"curves_{stem or 'classification'}.png")
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -87,8 +84,7 @@ def perplexity_curves(result: dict) -> Figure:
     epochs = [entry["epoch"] for entry in history]
     train = [entry["train_perplexity"] for entry in history]
     figure, axes = new_figure(6.4, 4)
-    name = "training rows, with dropout and sampling, both directions"
-    axes.plot(epochs, train, "s:", color=GREY, label=name)
+    axes.plot(epochs, train, "s:", color=GREY, label="training rows, with dropout and sampling, both directions")
     if "validation_perplexity" in history[0]:
         values = np.array([entry["validation_perplexity"] for entry in history])        # (E, 2)
         axes.plot(epochs, values[:, 0], "o-", color=BLUE, label="validation rows, forward")
@@ -101,11 +97,9 @@ def perplexity_curves(result: dict) -> Figure:
     ticks = [tick for tick in PERPLEXITY_TICKS if low <= tick <= high]
     axes.set_yticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
-    whole_epochs = max(epochs) >= 2
-    axes.xaxis.set_major_locator(MaxNLocator(integer=whole_epochs))
-    forward = part["forward"]["perplexity"]
-    backward = part["backward"]["perplexity"]
-    title = (f"Validation perplexity ends at {forward:.1f} forward, {backward:.1f} backward\n"
+    axes.xaxis.set_major_locator(MaxNLocator(integer=max(epochs) >= 2))
+    title = (f"Validation perplexity ends at {part['forward']['perplexity']:.1f} forward, "
+             f"{part['backward']['perplexity']:.1f} backward\n"
              f"(n = {part['tokens']:,} tokens, V = {result['vocabulary']:,})")
     label(axes, title, "epoch (passes over the training rows)", "perplexity (log scale)")
     legend(axes)
@@ -142,10 +136,9 @@ def word_confusion(confusion: dict) -> Figure:
     frequent = counts[:-1]                              # the last row holds all other words
     occurrences = frequent.sum()
     right = np.trace(frequent) / max(occurrences, 1)
-    targets = counts.sum()
     title = (f"The forward model is right on {right:.0%} of the {occurrences:,} occurrences "
              f"of the {len(frequent)} most frequent tokens\n"
-             f"(of n = {targets:,} test targets; percent of each gold word, from {MIN_SHOWN} % on)")
+             f"(of n = {counts.sum():,} test targets; percent of each gold word, from {MIN_SHOWN} % on)")
     label(axes, title, "predicted word", "gold word")
     figure.colorbar(image, ax=axes, shrink=0.7, label="percent of the gold word's occurrences")
     return figure
@@ -175,10 +168,7 @@ def class_confusion(labels: list[str], numbers: dict, rows: str) -> Figure:
     seeds = len(numbers["seeds"])
     mean = f", mean probabilities of {seeds} seeds" if seeds > 1 else ""
     right = numbers["ensemble"]["accuracy"]
-    n = counts.sum()
-    title = (f"{rows}: {right:.2%} right{mean};\n"
-             f"{worst} (n = {n:,})")
-    label(axes, title, "predicted class", "gold class")
+    label(axes, f"{rows}: {right:.2%} right{mean};\n{worst} (n = {counts.sum():,})", "predicted class", "gold class")
     axes.title.set_fontsize(7.5)
     bar = figure.colorbar(image, ax=axes, shrink=0.8, label="percent of the gold class")
     bar.ax.tick_params(labelsize=7)
@@ -211,17 +201,15 @@ def learning_curves(result: dict) -> Figure:
     plot_settings(right, epochs, loss, "cross-entropy (nats per row)")
     train_loss = np.mean([[entry["train_loss"] for entry in run] for run in history], axis=0)
     with_phrases = result["task"].startswith("sst") and result["config"]["phrases"]
-    rows = "phrases" if with_phrases else "rows"
-    name = f"training {rows}, mean of all heads, with dropout and smoothing"
+    name = f"training {'phrases' if with_phrases else 'rows'}, mean of all heads, with dropout and smoothing"
     right.plot(epochs, train_loss, "D:", color=GREY, label=name)
     last = {setting: values[-1].mean() for setting, values in accuracy.items()}
     best = max(last, key=last.get)
     n = result["settings"][best]["validation"]["ensemble"]["rows"]
     seeds = accuracy[best].shape[1]
     counted = f"{seeds} seeds; band: their range" if seeds > 1 else "1 seed"
-    title = (f"Validation accuracy ends at {last[best]:.1f} % with {best} "
-             f"(n = {n:,} rows, {counted})")
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(f"Validation accuracy ends at {last[best]:.1f} % with {best} (n = {n:,} rows, {counted})",
+                    fontsize=10)
     lines, names = right.get_legend_handles_labels()
     figure.legend(lines, names, fontsize=8, frameon=False, loc="outside lower center", ncols=2)
     return figure
@@ -232,10 +220,8 @@ def plot_settings(axes: Axes, epochs: list[float], values: dict, unit: str) -> N
 
     values: {setting: (E, seeds)}.
     """
-    lines = zip(values.items(), COLOURS, MARKERS, strict=False)
-    for (setting, seeds), colour, marker in lines:
-        name = f"{setting}, validation rows"
-        axes.plot(epochs, seeds.mean(axis=1), marker + "-", color=colour, label=name)
+    for (setting, seeds), colour, marker in zip(values.items(), COLOURS, MARKERS, strict=False):
+        axes.plot(epochs, seeds.mean(axis=1), marker + "-", color=colour, label=f"{setting}, validation rows")
         plot_range(axes, epochs, seeds, colour)
     label(axes, "", "epoch (passes over the training rows)", unit)
 

@@ -177,18 +177,15 @@ def add_perplexities(splits: dict, train: tuple[Array, Array], parts: dict, fres
     """
     if len(train[0]) > MAX_TOKENS:
         return
-
-    def add(name: str, key: str, nll: Array, direction: str | None = None) -> None:
-        of_rows = [(splits[name], slice(None))]
-        if "fresh" in splits[name]:
-            of_rows.append((splits[name]["fresh"], fresh[name]))
-        for metrics, rows in of_rows:
-            target = metrics if direction is None else metrics[direction]
-            target[key] = perplexity(nll, parts[name][1], rows)
-    for name, rows in parts.items():
-        add(name, "unigram_perplexity", unigram_nll(*train, vocabulary_size, *rows))
     forward = KneserNey(*train, vocabulary_size)
     backward = KneserNey(*reverse(*train), vocabulary_size)
-    for name, rows in parts.items():
-        add(name, "kneser_ney_perplexity", forward.nll(*rows), "forward")
-        add(name, "kneser_ney_perplexity", backward.nll(*reverse(*rows)), "backward")
+    for name, (ids, offsets) in parts.items():
+        unigram = unigram_nll(*train, vocabulary_size, ids, offsets)
+        kneser_ney = {"forward": forward.nll(ids, offsets), "backward": backward.nll(*reverse(ids, offsets))}
+        measured = [(splits[name], slice(None))]
+        if "fresh" in splits[name]:
+            measured.append((splits[name]["fresh"], fresh[name]))
+        for metrics, rows in measured:
+            metrics["unigram_perplexity"] = perplexity(unigram, offsets, rows)
+            for direction, nll in kneser_ney.items():
+                metrics[direction]["kneser_ney_perplexity"] = perplexity(nll, offsets, rows)

@@ -103,8 +103,10 @@ def script_arguments(argv: Sequence[str] | None, config_class: type, name: str, 
 def script(name: str) -> Callable:
     """Decorates main(argv) -> exit status: a wrong input becomes one sentence and status 2, Ctrl-C status 130."""
     def decorate(main: Callable[..., int]) -> Callable[..., int]:
+        """`main` inside `run`, under its own name."""
         @wraps(main)
         def run(argv: Sequence[str] | None = None) -> int:
+            """The exit status of `main`, or that of what it raises, whose sentence goes to standard error."""
             try:
                 return main(argv)
             except InputError as error:
