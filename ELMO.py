@@ -21,9 +21,10 @@ import math
 import re
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -34,17 +35,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.ag_news import CACHE, check_texts, split
-from data.batches import Sampler, batches, collate, reverse_within_lengths
+from data.ag_news import CACHE, check_texts, checked_texts, split
+from data.batches import Sampler, batches, collate, predicted_tokens, reverse_within_lengths
 from data.characters import CharacterCNN
 from data.text import PAD, SPECIAL, Data, Encoded, Vocabulary, tokenize, tokenize_texts
 from data.word2vec import unit_variance, word2vec
 from run import checkpoint, inference, machine, metrics, ngram
 from run.files import InputError, folder_lock, write_json
 from run.machine import autocast
-from run.optimization import Optimizers, clip_gradients, dropout_mask, group, learning_rate_factor
+from run.optimization import Optimizers, check_loss, clip_gradients, dropout_mask, group, lr_factor
 from run.options import check_options, option, script, script_arguments
-from run.progress import Run, identity_of
+from run.progress import Run
+from run.publication import finished_already, options_of_weights
 
 HERE = Path(__file__).resolve().parent
 FORMAT = "elmo-bilm-2"                  # of bilstm.pt; another one if the file's meaning changes
@@ -66,7 +68,7 @@ class Config:
     min_count: int = option(3, "a word enters the vocabulary if the training rows contain it this often", min=1)
     freeze_word2vec: bool = option(False, "word2vec: x does not learn, and the softmax has a table of its own")
     rows: int = option(0, "train on this many rows of train.csv, for short trials; 0: all")
-    validation: int = option(4000, "rows of train.csv for choosing the epoch and the options", min=1)
+    validation: int = option(4000, "rows of train.csv for choosing the epoch and the options")
     epochs: float = option(4.0, "passes over the training rows", max=100_000)
     batch_tokens: int = option(3000, "positions (B x T) of a batch", min=1)
     negatives: int = option(2048, "E: sampled words per step; with V or more it is the full softmax", min=1)
@@ -234,7 +236,7 @@ def sampled_nll(h: Tensor, y: Tensor, table: Tensor, bias: Tensor, sampled: Tens
 
     s_w = h . table_w + bias_w is the logit of word w, and pi_w the probability that w is in the sample (`Sampler` knows
     it). Weighing a sampled word with 1 / pi_w makes the expected Z the sum of the full softmax (Horvitz and Thompson
-    1952). sampled (E,) ascending word ids; log_pi (E,).
+    1952). sampled (E,) distinct word ids; log_pi (E,).
     """
     target_rows = F.embedding(y, table, sparse=True)                                    # (N, P)
     target_bias = F.embedding(y, bias, sparse=True)[:, 0]                               # (N,)
@@ -242,10 +244,7 @@ def sampled_nll(h: Tensor, y: Tensor, table: Tensor, bias: Tensor, sampled: Tens
     words = F.embedding(sampled, table, sparse=True)                                    # (E, P)
     offset = F.embedding(sampled, bias, sparse=True)[:, 0] - log_pi                     # (E,)
     logits = (h @ words.to(h.dtype).t()).float() + offset                               # (N, E)
-    # A target that was sampled too must not count twice. Its column is its place in the ascending `sampled`.
-    column = torch.searchsorted(sampled, y).clamp(max=len(sampled) - 1)                 # (N,)
-    row = (sampled[column] == y).nonzero()[:, 0]
-    logits[row, column[row]] = -torch.inf
+    logits.masked_fill_(sampled == y[:, None], -torch.inf)              # a target that was sampled must not count twice
     return torch.logaddexp(target, logits.logsumexp(dim=1)) - target
 
 
@@ -258,11 +257,11 @@ def score_batch(model: BiLM, encoded: Encoded, dtype: torch.dtype, details: bool
     with torch.no_grad(), autocast(device, dtype):
         x = model.represent(ids.to(device), encoded.chars)                      # (2, T, B, P)
         for d in range(2):
-            t, b = (y[d] != PAD).nonzero(as_tuple=True)                         # positions of the N predicted tokens
-            gold = y[d, t, b].to(device)
-            h = model.states(d, x[d])[-1][t, b]                                 # (N, P)
-            scores = metrics.full_softmax_nll(h, gold, model.table, model.bias, details)
-            directions.append((rows[b.numpy()], *(values.cpu().numpy() for values in scores)))
+            place, gold = predicted_tokens(y[d])
+            h = model.states(d, x[d])[-1].flatten(0, 1)[place.to(device)]       # (T, B, P) -> (N, P)
+            scores = metrics.full_softmax_nll(h, gold.to(device), model.table, model.bias, details)
+            row_of_token = rows[place.numpy() % len(rows)]
+            directions.append((row_of_token, *(values.cpu().numpy() for values in scores)))
     return directions
 
 
@@ -271,9 +270,8 @@ def score_rows(model: BiLM, encoded: Encoded, rows: np.ndarray, dtype: torch.dty
     """Scores of some rows by the full softmax, without dropout; a row's score does not depend on the others."""
     lengths = encoded.lengths[rows]
     parts = [rows[part] for part in batches(lengths, 3000)]
-    score = partial(score_batch, model, encoded, dtype, details)
-    directions = machine.map_on_cores(score, parts, model.table.device)
-    return metrics.Scores.of(rows, lengths + 1, directions)
+    scores = machine.map_on_cores(partial(score_batch, model, encoded, dtype, details), parts, model.table.device)
+    return metrics.Scores.of(rows, lengths + 1, scores)
 
 
 # --------------------------------------------------------------------------------------------------- training
@@ -320,9 +318,7 @@ class Trainer:
 
     def new_model(self, counts: np.ndarray) -> BiLM:
         """A model with random weights, a softmax bias of log frequencies, and Word2Vec's vectors if they are wanted."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.config.seed)
-            model = BiLM(self.config, len(self.data.words))
+        model = machine.seeded(self.config.seed, partial(BiLM, self.config, len(self.data.words)))
         model.bias.data[:, 0] = torch.from_numpy(np.log(np.maximum(counts, 0.5) / counts.sum()))
         if self.config.representation == "word2vec":
             vectors = word2vec(self.data, self.config.width, self.config.seed)
@@ -346,56 +342,57 @@ class Trainer:
         return collate(self.data.encoded, self.data.train[self.batches[number]])
 
     def own(self, batch: Tensor) -> Tensor:
-        """This process's share of a batch (2, T, B, ...), on the device: with W processes, every W-th sentence."""
-        return batch[:, :, self.rank::self.world].to(self.device)
+        """This process's share of a batch (2, T, B, ...): with W processes, every W-th sentence."""
+        return batch[:, :, self.rank::self.world]
 
-    def masks(self, T: int, B: int, generator: torch.Generator) -> list[Tensor]:
-        """Dropout masks of h_0, h_1 and h_2, each (2, 1, B, P); word dropout makes the first one (2, T, B, P)."""
+    def masks(self, step: int, T: int, B: int) -> list[tuple[Tensor, ...]]:
+        """For each direction dropout masks of h_0, h_1 and h_2, (1, B, P); with word dropout the first is (T, B, P)."""
+        generator = machine.random_generator(self.device, self.config.seed * 1_000_003 + step)
         shape = (2, 1, B, self.config.width)
         masks = [self.own(dropout_mask(self.config.dropout, shape, generator)) for _ in range(LAYERS + 1)]
         if self.config.word_dropout:
             masks[0] = masks[0] * self.own(dropout_mask(self.config.word_dropout, (2, T, B, 1), generator))
-        return masks
+        return list(zip(*masks, strict=True))                                           # by direction
 
-    def direction(self, d: int, x: Tensor, y: Tensor, masks: list[Tensor], sampled: Tensor, targets: int) -> Gradients:
+    def direction(self, d: int, x: Tensor, y: Tensor, masks: Sequence, sampled: Tensor, targets: int) -> Gradients:
         """Forward and backward pass of direction d over its x (T, B, P) and y (T, B); `collect` puts it into .grad."""
-        log_pi = self.log_pi[sampled]
+        place, gold = (part.to(self.device) for part in predicted_tokens(y))        # (N,), found on the CPU
         with autocast(self.device, self.dtype):
-            h = self.model.states(d, x, masks)[-1]                                      # (T, B, P)
-            real = y != PAD
-            nll = sampled_nll(h[real], y[real], self.model.table, self.model.bias, sampled, log_pi).sum()
+            h = self.model.states(d, x, masks)[-1].flatten(0, 1)[place]                         # (T, B, P) -> (N, P)
+            nll = sampled_nll(h, gold, self.model.table, self.model.bias, sampled, self.log_pi[sampled]).sum()
         weights = [self.model.table, self.model.bias, x, *self.model.lstm_weights(d)]
         # divided only here: a GPU's LSTMs compute in fp16, in which small gradients would vanish on the way
         table, bias, dx, *lstms = (gradient / targets for gradient in torch.autograd.grad(nll, weights))
         return Gradients(nll.detach(), table, bias, dx, lstms)
 
     @machine.torch_threads(1)
-    def step(self, step: int) -> tuple[float, int]:
-        """One update; returns (summed nll, predicted tokens) of the batch, both directions and all processes."""
+    def step(self, step: int) -> tuple[Tensor, Tensor, int]:
+        """One update; returns (nll, gradient norm, predicted tokens) of both directions and all processes.
+
+        Raises InputError if the loss diverged. For a GPU `Run` does so later, because reading its numbers takes time.
+        """
         # batch
         ids, y = self.batch(step)                                                       # (2, T, B)
         targets = int((y != PAD).sum())
-        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)
-        masks = self.masks(*ids.shape[1:], generator)
-        u = torch.rand((), generator=generator, dtype=torch.float64)                    # the sample's u, see Sampler
-        sampled = self.sampler.draw(u.item()).to(self.device)
+        masks = self.masks(step, *ids.shape[1:])
+        u = np.random.default_rng([self.config.seed, step, 2]).random()                 # see Sampler
+        sampled = self.sampler.draw(u).to(self.device)
         # loss and gradients, each direction on its own core
         with autocast(self.device, self.dtype):
-            x = self.model.represent(self.own(ids), self.data.encoded.chars)            # (2, T, B, P)
+            x = self.model.represent(self.own(ids).to(self.device), self.data.encoded.chars)        # (2, T, B, P)
         inputs = [x[d].detach().requires_grad_() for d in range(2)]
-        masks_by_direction = [[mask[d] for mask in masks] for d in range(2)]
         direction = partial(self.direction, sampled=sampled, targets=targets)
-        forward, backward = self.workers.map(direction, range(2), inputs, self.own(y), masks_by_direction)
+        forward, backward = self.workers.map(direction, range(2), inputs, self.own(y), masks)
         nll = self.collect(x, forward, backward)
         # clip
         norm = clip_gradients([*self.dense, *self.sparse], self.config.clip)
-        if not math.isfinite(norm + nll):
-            raise InputError(f"the loss is not finite at step {step}; start anew with a lower --lr and --table-lr")
+        if self.device.type == "cpu":
+            check_loss(nll, norm, targets, step, step)
         # update, with linear warm-up and then a cosine
-        self.optimizers.step(learning_rate_factor(step, self.steps))
-        return nll, targets
+        self.optimizers.step(lr_factor(step, self.steps))
+        return nll, norm, targets
 
-    def collect(self, x: Tensor, forward: Gradients, backward: Gradients) -> float:
+    def collect(self, x: Tensor, forward: Gradients, backward: Gradients) -> Tensor:
         """Puts both directions' gradients into .grad, summed over processes; returns the summed nll."""
         self.model.table.grad = forward.table + backward.table
         self.model.bias.grad = forward.bias + backward.bias
@@ -408,7 +405,7 @@ class Trainer:
 
     def identity(self) -> dict:
         """What a resumed run must share with the run that it continues."""
-        return identity_of(self.config, FORMAT, self.dtype) | {"training rows": self.data.digest}
+        return options_of_weights(self.config) | {"format": FORMAT, "data": self.data.digest}
 
     def state(self) -> dict:
         """Everything that the next step depends on, beside the identity."""
@@ -424,14 +421,14 @@ def train(trainer: Trainer, resume_file: Path | None = None, resume: bool = Fals
     """The training loop. The returned Run holds the weights of the epoch that is best on the validation rows."""
     data = trainer.data
 
-    def evaluate(train_nll: float) -> tuple[float, dict]:
-        """(number that is lowest for the best epoch, entry of the history). Without validation rows: the last."""
+    def evaluate(train_nll: float) -> tuple[float, dict, str]:
+        """(validation nll, entry of the history, sentence). Without validation rows, the last epoch is the best."""
         entry = {"train_perplexity": math.exp(train_nll)}
         if len(data.validation) == 0:
-            return -run.step, entry
+            return -run.step, entry, metrics.perplexity_sentence(entry)
         forward, backward = score_rows(trainer.model, data.encoded, data.validation, trainer.dtype).perplexity()
         entry["validation_perplexity"] = [forward, backward]
-        return math.log(forward * backward) / 2, entry
+        return (math.log(forward) + math.log(backward)) / 2, entry, metrics.perplexity_sentence(entry)
 
     with Run(trainer, resume_file, resume) as run:
         for step in range(run.step, trainer.steps + 1):     # from 0, or from where a resumed run stopped
@@ -461,15 +458,19 @@ class ELMo:
         self.device = model.table.device
 
     @classmethod
-    def load(cls, path: str | Path, device: str = "cpu") -> "ELMo":
-        """The biLM of a file made by `save` or ELMO.py; InputError if the file is missing, damaged or does not fit."""
+    def load(cls, path: str | Path, device: str | None = None) -> "ELMo":
+        """The biLM of a file made by `save` or ELMO.py; InputError if the file is missing, damaged or does not fit.
+
+        device: "cpu", or "cuda", which is the default if there is a GPU.
+        """
+        device = machine.find_device(device)
         content = checkpoint.read_published(path, FORMAT, {"config", "words", "history", "metrics"})
         with checkpoint.fitting(path):
             return cls.from_parts(content["config"], content["words"], content["weights"], device, content["history"],
                                   content["metrics"], content["digest"])
 
     @classmethod
-    def from_parts(cls, options: dict, words: list[str], weights: dict[str, Tensor], device: str, *about) -> "ELMo":
+    def from_parts(cls, options: dict, words: list, weights: dict[str, Tensor], device: torch.device, *about) -> "ELMo":
         """The biLM made of a file's parts; any exception if they do not fit. about: history, metrics, digest."""
         if words[:len(SPECIAL)] != SPECIAL or len(words) != len(weights["table"]):
             raise ValueError("the vocabulary does not fit the weights")
@@ -483,14 +484,14 @@ class ELMo:
     @classmethod
     def train(cls, texts: Sequence[str], config: Config | None = None, device: str | None = None) -> "ELMo":
         """Trains a biLM on any texts, as the script does. A tenth of them, at most `validation`, chooses the epoch."""
+        device = machine.find_device(device)
         texts = check_texts(texts)
         config = config or Config()
         if not texts:
             raise InputError("there is no text to train on; expected a list of strings")
-        validation = min(config.validation, len(texts) // 10)
-        train_rows, validation_rows = split(len(texts), validation, config.seed)
-        data = Data.of(texts, config, train_rows, validation_rows)
-        return cls.from_run(train(Trainer(config, data, torch.device(device or machine.default_device()))))
+        config = replace(config, validation=min(config.validation, len(texts) // 10))
+        train_rows, validation_rows = split(len(texts), config.validation, config.seed)
+        return cls.from_run(train(Trainer(config, Data.of(texts, config, train_rows, validation_rows), device)))
 
     @classmethod
     def from_run(cls, run: Run) -> "ELMo":
@@ -516,7 +517,7 @@ class ELMo:
 
     def encode(self, texts: Sequence[str]) -> Encoded:
         """Texts as `collate` and `score_rows` take them."""
-        return Encoded.of(tokenize_texts(check_texts(texts)), self.words, self.config.representation)
+        return Encoded.of(tokenize_texts(texts), self.words, self.config.representation)
 
     def embed(self, texts: Sequence[str], precision: str = "fp32") -> list[Tensor]:
         """One (3, tokens, D) float32 CPU tensor per text, without boundary symbols; (3, 0, D) if it has no tokens."""
@@ -527,13 +528,12 @@ class ELMo:
 
         precision: "fp32", or "bf16", which is faster if the hardware multiplies it and is computed in fp32 otherwise.
         """
-        if isinstance(texts, str):
-            raise InputError("texts is one string; expected a list of strings, such as [text]")
+        texts = checked_texts(texts)
         if precision not in ("fp32", "bf16"):
             raise InputError(f"precision is {precision!r}; expected fp32 or bf16")
         fast = precision == "bf16" and machine.fast_bf16(self.device)
         dtype = torch.bfloat16 if fast else torch.float32
-        return self.embed_windows(iter(texts), dtype, window)
+        return self.embed_windows(texts, dtype, window)
 
     def embed_windows(self, texts: Iterator[str], dtype: torch.dtype, window: int) -> Iterator[Tensor]:
         """The tensors of all texts, `window` texts at a time, computed in batches of about equal length."""
@@ -559,7 +559,7 @@ class ELMo:
 
         nll is summed over the tokens, end symbols included, in nats.
         """
-        encoded = self.encode(texts)
+        encoded = self.encode(check_texts(texts))
         return score_rows(self.model, encoded, np.arange(len(encoded.tokens))).totals()
 
 
@@ -586,10 +586,11 @@ def publish(run: Run, out: Path, seconds: float) -> None:
     """Measures a finished run and writes OUT/bilstm.pt, the figures and OUT/pretraining.json.
 
     Beside how it was made, pretraining.json has: tokens_per_second (training, both directions), vocabulary, parameters,
-    file_mb, digest, unknown (share of <unk>), history of the epochs, splits.{train (a sample), validation, test}: rows,
-    tokens, unigram_perplexity, and for each direction the metrics of `run.metrics.Scores` and kneser_ney_perplexity;
-    `fresh` has the same without near copies of training rows; confusion {words, counts}: of the forward model on test
-    rows, rows gold, columns predicted. `splits` was measured with the half-precision weights of the file.
+    file_mb, digest (of bilstm.pt), data (digest of the tokens), unknown (share of <unk>), history of the epochs,
+    splits.{train (a sample), validation, test}: rows, tokens, unigram_perplexity, and for each direction the metrics of
+    `run.metrics.Scores` and kneser_ney_perplexity; `fresh` has the same without near copies of training rows; confusion
+    {words, counts}: of the forward model on test rows, rows gold, columns predicted. `splits` was measured with the
+    half-precision weights of the file.
     """
     trainer = run.trainer
     elmo = ELMo.from_run(run)
@@ -602,7 +603,8 @@ def publish(run: Run, out: Path, seconds: float) -> None:
         "tokens_per_second": float(targets / run.seconds), "vocabulary": len(elmo.words),
         "parameters": sum(weight.numel() for weight in elmo.model.state_dict().values()),
         "file_mb": (out / "bilstm.pt").stat().st_size / 1e6, "digest": elmo.digest,
-        "unknown": trainer.data.unknown(), "history": elmo.history, "splits": splits, "confusion": confusion}
+        "data": trainer.data.digest, "unknown": trainer.data.unknown(), "history": elmo.history, "splits": splits,
+        "confusion": confusion}
     from run import figures  # imported here, because Matplotlib takes a while
     figures.pretraining(result, out)
     write_json(out / "pretraining.json", result)
@@ -610,16 +612,21 @@ def publish(run: Run, out: Path, seconds: float) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- main
-def pretrain(config: Config, out: Path, corpus: str | None, resume: bool) -> int:
-    """The run of the command: AG News or a plain text to OUT. Returns the exit status."""
+def pretrain(config: Config, options: Namespace) -> int:
+    """The run of the command: AG News or a plain text to OUT. Returns the exit status. options: of the command line."""
     begin = time.perf_counter()
-    data = Data.of_ag_news(config, CACHE) if corpus is None else Data.of_plain_text(corpus, config, CACHE)
-    trainer = Trainer(config, data, torch.device(machine.default_device()))
+    out = options.out
+    resume_file = out / "bilstm.resume.pt"
+    data = Data.read(config, options.corpus, CACHE)
+    source = {"data": data.digest}
+    if finished_already(out / "pretraining.json", out / "bilstm.pt", config, source, resume_file, options):
+        return 0
+    trainer = Trainer(config, data, machine.find_device())
     first = trainer.rank == 0
     if first:
-        print(f"{data.summary()}\n{trainer.steps:,} steps, products in {trainer.dtype}", flush=True)
+        print(data.summary(), flush=True)
     with folder_lock(out) if first else nullcontext():
-        run = train(trainer, out / "bilstm.resume.pt", resume)
+        run = train(trainer, resume_file, options.resume)
         if not run.finished:
             return 130
         if first:
@@ -637,10 +644,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--npz": {"metavar": "FILE", "help": "the file that --embed writes"},
         "--float32": {"action": "store_true", "help": "--embed: full precision, also in the file"}})
     if options.embed is None and options.npz is None:
-        return pretrain(config, options.out, options.corpus, options.resume)
-    if options.embed is None or options.npz is None:
-        raise InputError("--embed and --npz go together: --embed texts.txt --npz vectors.npz")
-    load = partial(ELMo.load, options.out / "bilstm.pt", machine.default_device())
+        return pretrain(config, options)
+    load = partial(ELMo.load, options.out / "bilstm.pt")
     inference.embed_file(load, options.embed, options.npz, config.precision, options.float32)
     return 0
 

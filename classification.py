@@ -21,6 +21,7 @@ import math
 import sys
 import time
 import zlib
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -30,7 +31,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 import ELMO
 from data.ag_news import CACHE, split
@@ -41,10 +41,11 @@ from ELMO import BiLM, ELMo, ScalarMix
 from run import checkpoint, inference, machine, metrics
 from run.files import InputError, folder_lock, write_json
 from run.machine import autocast
-from run.optimization import Optimizers, clip_gradients, dropout_mask, group, learning_rate_factor, moving_average
+from run.optimization import Optimizers, check_loss, clip_gradients, dropout_mask, group, lr_factor, moving_average
 from run.options import check_options, option, script, script_arguments
 from run.pairs import PairMatcher
-from run.progress import Run, identity_of
+from run.progress import Run
+from run.publication import finished_already, options_of_weights
 
 HERE = Path(__file__).resolve().parent
 FORMAT = "elmo-classifier-2"            # of classifier.pt; another one if its meaning changes
@@ -112,12 +113,13 @@ class Config:
 
     @property
     def stem(self) -> str:
-        """Name of the run's files: "classifier", "finetuned", "titled", "sst5", .."""
-        if self.task != "ag_news":
-            return self.task + "_finetuned" * self.finetune
-        if "title" in self.fields:
-            return "titled"
-        return "adapted_" * (self.adapt > 0) + ("finetuned" if self.finetune else "classifier")
+        """Name of the run's files: "classifier", "finetuned", "titled_finetuned", "adapted_sst5", .."""
+        name = "titled" if "title" in self.fields else self.task
+        if self.adapt:
+            name = f"adapted_{name}"
+        if self.finetune:
+            name = f"{name}_finetuned"
+        return {"ag_news": "classifier", "ag_news_finetuned": "finetuned"}.get(name, name)
 
 
 # -------------------------------------------------------------------------------------------------- layer mix
@@ -192,7 +194,7 @@ class Head(nn.Module):
         N = B // 2 if self.config.pair else B
         text = dropout_mask(self.config.dropout, (N, self.text_width), generator)
         mix = dropout_mask(self.config.dropout, (1, B, self.width), generator)
-        return text.to(self.out.weight.device), mix.to(self.out.weight.device)
+        return text, mix
 
     def forward(self, layers: Tensor, lengths: Tensor, masks: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """(N, C) float32 logits of word vectors `layers` (J, T, B, D) of texts with `lengths` (B,) words.
@@ -245,7 +247,7 @@ class Learner:
         self.modules = nn.ModuleDict({"head": head.to(vectors.device)})
         if config.finetune:
             self.modules["bilm"] = copy.deepcopy(vectors.model).set_trainable().train()
-        self.average = AveragedModel(self.modules, avg_fn=moving_average(config.ema))
+        self.average = moving_average(self.modules, config.ema)
         self.optimizers = self.new_optimizers()
 
     def new_optimizers(self) -> Optimizers:
@@ -271,15 +273,15 @@ class Learner:
         sides, lengths = part.sides(rows)
         ids, _ = collate(part.encoded, sides)
         shape = (2, ELMO.LAYERS + 1, 1, len(sides), bilm.config.width)
-        masks = dropout_mask(self.config.bilm_dropout, shape, generator).to(bilm.table.device)
+        masks = dropout_mask(self.config.bilm_dropout, shape, generator)
         return bilm.contextual(ids, lengths, part.encoded.chars, dtype, masks), lengths.to(bilm.table.device)
 
-    def gradients(self, trainer: "Trainer", step: int, rows: np.ndarray, shared: tuple | None) -> tuple[float, float]:
+    def gradients(self, trainer: "Trainer", step: int, rows: np.ndarray, shared: tuple | None) -> tuple[Tensor, Tensor]:
         """Computes .grad and clips it; returns (summed cross-entropy, norm). shared: layers and lengths or None."""
         head = self.modules["head"]
         part = trainer.parts["train"]
         gold = part.labels[rows].to(trainer.device)
-        generator = torch.Generator().manual_seed((self.seed + 1) * 1_000_003 + step)
+        generator = machine.random_generator(trainer.device, (self.seed + 1) * 1_000_003 + step)
         if shared is None:
             shared = self.contextual(part, rows, trainer.dtype, generator)
         layers, lengths = shared
@@ -289,11 +291,11 @@ class Learner:
         (loss / len(gold)).backward()
         self.optimizers.freeze(step / trainer.steps)                        # no gradient before its start
         norms = [clip_gradients(module.parameters(), self.config.clip) for module in self.modules.values()]
-        return loss.item(), sum(norms)
+        return loss.detach(), sum(norms)
 
     def update(self, step: int, steps: int) -> None:
         """Updates the weights, and every AVERAGE_EVERY steps their average."""
-        self.optimizers.step(learning_rate_factor(step, steps))
+        self.optimizers.step(lr_factor(step, steps))
         if step % AVERAGE_EVERY == AVERAGE_EVERY - 1 or step + 1 == steps:
             self.average.update_parameters(self.modules)
 
@@ -315,12 +317,12 @@ class Trainer:
     unit = "rows"       # of the progress bar
     rank = 0            # there is one process
 
-    def __init__(self, config: Config, vectors, parts: dict[str, EncodedTexts], classes: int, digest: str = ""):
+    def __init__(self, config: Config, vectors, parts: dict, classes: int, source: dict | None = None):
         self.config = config
         self.vectors = vectors
-        self.parts = parts                      # "train", "validation", "test"
+        self.parts = parts                      # EncodedTexts of "train", "validation", "test"
         self.seeds = range(config.seed, config.seed + config.seeds)
-        self.digest = digest                    # of the biLM, for `identity`
+        self.source = source or {}              # digests of the data and of the biLM, for `identity`
         self.device = vectors.device
         self.dtype = machine.compute_dtype(config.precision, self.device)
         machine.keep_freed_memory()                                         # saves up to a quarter of a step
@@ -338,9 +340,8 @@ class Trainer:
 
     def new_head(self, setting: str, classes: int, seed: int) -> Head:
         """A head with random weights; the random numbers of the caller stay as they are."""
-        with torch.random.fork_rng(devices=[]):
-            head = Head(self.config, setting, self.vectors.layers, self.vectors.width, classes)
-        return head.initialize(seed)
+        make = partial(Head, self.config, setting, self.vectors.layers, self.vectors.width, classes)
+        return machine.seeded(seed, make).initialize(seed)
 
     def names(self, setting: str) -> list[str]:
         """The names of the learners of all seeds in `learners`, `model` and `probabilities`."""
@@ -354,8 +355,11 @@ class Trainer:
         self.batches = batches(self.parts["train"].lengths, positions, generator)
 
     @machine.torch_threads(1)
-    def step(self, step: int) -> tuple[float, int]:
-        """One update of every head; returns (cross-entropy summed over the rows, mean over heads; rows)."""
+    def step(self, step: int) -> tuple[Tensor, Tensor, int]:
+        """One update of every head; returns means over heads (summed cross-entropy, gradient norm) and the rows.
+
+        InputError as in ELMO.Trainer.step.
+        """
         epoch, number = divmod(step, self.per_epoch)
         if epoch != self.epoch:
             self.start_epoch(epoch)
@@ -365,15 +369,16 @@ class Trainer:
             shared = vectors_of(self.vectors, self.parts["train"], rows, self.dtype, self.workers.map)
         learners = list(self.learners.values())
         results = self.workers.map(lambda learner: learner.gradients(self, step, rows, shared), learners)
-        if not np.isfinite(results).all():
-            raise InputError(f"the loss is not finite at step {step}; start anew with a lower --lr")
+        if self.device.type == "cpu":
+            for loss, norm in results:
+                check_loss(loss, norm, len(rows), step, step)
         self.workers.map(lambda learner: learner.update(step, self.steps), learners)
-        return float(np.mean([loss for loss, _ in results])), len(rows)
+        losses, norms = zip(*results, strict=True)
+        return torch.stack(losses).mean(), torch.stack(norms).mean(), len(rows)
 
     def identity(self) -> dict:
         """What a resumed run must share with the run that it continues."""
-        texts = [part.digest for part in self.parts.values()]
-        return identity_of(self.config, FORMAT, self.dtype) | {"texts": texts, "biLM": self.digest}
+        return options_of_weights(self.config) | {"format": FORMAT} | self.source
 
     def state(self) -> dict:
         """Everything that the next step depends on, beside the identity."""
@@ -423,11 +428,12 @@ def train(trainer: Trainer, resume_file: Path | None = None, resume: bool = Fals
     """The training loop. The returned Run holds the averaged weights with the lowest mean validation loss."""
     gold = trainer.parts["validation"].labels
 
-    def evaluate(train_loss: float) -> tuple[float, dict]:
-        """(mean cross-entropy of all heads on the validation rows, entry of the history)."""
+    def evaluate(train_loss: float) -> tuple[float, dict, str]:
+        """(mean cross-entropy of all heads on the validation rows, entry of the history, sentence)."""
         p = trainer.probabilities(trainer.parts["validation"])
         loss, validation = metrics.validation_numbers(p, gold, trainer.config.settings)
-        return loss, {"train_loss": train_loss, "validation": validation}
+        entry = {"train_loss": train_loss, "validation": validation}
+        return loss, entry, metrics.accuracy_sentence(entry)
 
     with Run(trainer, resume_file, resume) as run:
         for step in range(run.step, trainer.steps + 1):     # from 0, or from where a resumed run stopped
@@ -455,12 +461,13 @@ class Classifier:
 
     @classmethod
     def load(cls, path: str | Path, bilstm: str | Path | None = None, setting: str | None = None,
-             device: str = "cpu") -> "Classifier":
+             device: str | None = None) -> "Classifier":
         """The classifier of a file made by classification.py; InputError if it is damaged or of another biLM.
 
         bilstm: the biLM that it was trained on, unless the file holds its own. setting: "trainable", "frozen" or
-        "function"; by default the one with the best accuracy on the validation rows.
+        "function"; by default the one with the best accuracy on the validation rows. device: as for ELMo.load.
         """
+        device = machine.find_device(device)
         content = checkpoint.read_published(path, FORMAT, {"config", "labels", "heads", "bilm", "metrics"})
         with checkpoint.fitting(path):
             config = Config(**content["config"])
@@ -502,7 +509,7 @@ class Classifier:
         return probabilities({"head": self.head}, vectors, part, dtype)["head"]
 
 
-def bilm_of(path: str | Path, content: dict, bilstm: str | Path | None, device: str) -> ELMo:
+def bilm_of(path: str | Path, content: dict, bilstm: str | Path | None, device: torch.device) -> ELMo:
     """The biLM inside a classifier's file, or the one in the file `bilstm` if its digest is the right one."""
     bilm = content["bilm"]
     if "words" in bilm:
@@ -536,8 +543,8 @@ def measure(run: Run, task: Task) -> dict:
         numbers["gamma"] = [mix.gamma.item() for mix in mixes]
         numbers["parameters"] = sum(weight.numel() for weight in heads[0].parameters())
         settings[setting] = numbers
-    return {"config": asdict(trainer.config), "task": task.name, "labels": task.labels, "bilm": trainer.digest,
-            "history": [run.history], "settings": settings}
+    return {"config": asdict(trainer.config), "task": task.name, "labels": task.labels,
+            "history": [run.history], "settings": settings} | trainer.source
 
 
 def save(path: Path, result: dict, trainer: Trainer, elmo: ELMo) -> None:
@@ -545,7 +552,7 @@ def save(path: Path, result: dict, trainer: Trainer, elmo: ELMo) -> None:
     config = trainer.config
     heads = {}
     weights = {}
-    bilm = {"digest": trainer.digest}
+    bilm = {"digest": trainer.source["bilm"]}
     for setting, numbers in result["settings"].items():
         best = numbers["best"]
         modules = trainer.model[f"{setting}-{trainer.seeds[best]}"]
@@ -567,12 +574,12 @@ def save(path: Path, result: dict, trainer: Trainer, elmo: ELMo) -> None:
 def adapt(elmo: ELMo, task: Task, config: Config, file: Path, resume: bool) -> Run:
     """Continues to train the biLM, on the task's training texts (the paper's section 3.4); a tenth chooses the pass."""
     tokens = tokenize_texts(task.corpus, CACHE)
-    words = elmo.words.grown_by(Vocabulary.count(tokens.types, tokens.counts(slice(None)), min_count=2))
+    train_rows, validation_rows = split(len(tokens), max(1, len(tokens) // 10), config.seed)
+    words = elmo.words.grown_by(Vocabulary.count(tokens.types, tokens.counts(train_rows), min_count=2))
     options = replace(elmo.config, epochs=config.adapt, lr=config.adapt_lr, table_lr=config.adapt_lr, seed=config.seed,
                       log_every=config.log_every, save_every=config.save_every, track=config.track,
                       precision=config.precision)
-    rows = split(len(tokens), max(1, len(tokens) // 10), config.seed)
-    data = Data(words, Encoded.of(tokens, words, options.representation), *rows)
+    data = Data(words, Encoded.of(tokens, words, options.representation), train_rows, validation_rows)
     trainer = ELMO.Trainer(options, data, elmo.model.table.device)
     trained = elmo.model.state_dict()
     for name, value in trainer.model.state_dict().items():
@@ -580,29 +587,35 @@ def adapt(elmo: ELMo, task: Task, config: Config, file: Path, resume: bool) -> R
     return ELMO.train(trainer, file, resume)
 
 
-def classify(config: Config, out: Path, bilstm: Path, resume: bool, make_vectors: Callable | None = None,
-             stem: str | None = None) -> int:
+def classify(config: Config, options: Namespace, make_vectors: Callable | None = None, stem: str | None = None) -> int:
     """The run of the command: reads the task, trains, measures, writes. Returns the exit status.
 
-    make_vectors(config, elmo, task) gives a baseline's word vectors, named by `stem`; then no .pt file is written.
+    options: out, bilstm, resume and overwrite of the command line. make_vectors(config, elmo, task) gives a baseline's
+    word vectors, named by `stem`; then no .pt file is written.
     """
     begin = time.perf_counter()
-    elmo = ELMo.load(bilstm, machine.default_device())
-    digest = elmo.digest
+    out = options.out
+    elmo = ELMo.load(options.bilstm)
     task = read_task(config, elmo.config)
+    source = {"data": task.digest, "bilm": elmo.digest}
     name = stem or config.stem
+    file = out / f"{'classification' if name == 'classifier' else name}.json"
+    resume_file = out / f"{name}.resume.pt"
+    if finished_already(file, out / f"{name}.pt", config, source, resume_file, options):
+        return 0
     with folder_lock(out):
         runs = []
         if config.adapt:
-            runs.append(adapt(elmo, task, config, out / f"{name}.adapt.{digest[:12]}.resume.pt", resume))
+            adapt_file = out / f"{name}.adapt.{elmo.digest[:12]}.resume.pt"
+            runs.append(adapt(elmo, task, config, adapt_file, options.resume))
             if not runs[0].finished:
                 return 130
             elmo = ELMo.from_run(runs[0])
         parts = {part: EncodedTexts(getattr(task, part), elmo, CACHE) for part in ("train", "validation", "test")}
         vectors = ELMoVectors(elmo.model) if make_vectors is None else make_vectors(config, elmo, task)
         print(f"{task.summary()}; {', '.join(config.settings)}; {config.seeds} seed(s)", flush=True)
-        trainer = Trainer(config, vectors, parts, len(task.labels), digest)
-        run = train(trainer, out / f"{name}.resume.pt", resume)
+        trainer = Trainer(config, vectors, parts, len(task.labels), source)
+        run = train(trainer, resume_file, options.resume)
         if not run.finished:
             return 130
         trainer.model.load_state_dict({key: value.half().float() for key, value in run.best.items()})
@@ -614,7 +627,7 @@ def classify(config: Config, out: Path, bilstm: Path, resume: bool, make_vectors
         result |= machine.provenance(trainer.device, seconds)
         from run import figures  # imported here, because Matplotlib takes a while
         figures.classification(result, out, "" if name == "classifier" else name)
-        write_json(out / f"{'classification' if name == 'classifier' else name}.json", result)
+        write_json(file, result)
         print(metrics.accuracy_table(result))
         for finished in runs:
             finished.file.unlink(missing_ok=True)
@@ -631,9 +644,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--predict": {"metavar": "TEXT", "help": "classify this text, or the lines of standard input (-)"},
         "--json": {"action": "store_true", "help": "--predict: print one JSON object per line"}})
     if options.predict is None:
-        return classify(config, options.out, options.bilstm, options.resume)
+        return classify(config, options)
     file = options.classifier or options.out / "classifier.pt"
-    load = partial(Classifier.load, file, options.bilstm, config.setting, machine.default_device())
+    load = partial(Classifier.load, file, options.bilstm, config.setting)
     inference.print_predictions(load, options.predict, config.precision, options.json)
     return 0
 

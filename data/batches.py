@@ -62,6 +62,13 @@ def collate(encoded: Encoded, rows: np.ndarray) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(x), torch.from_numpy(y)
 
 
+def predicted_tokens(y: Tensor) -> tuple[Tensor, Tensor]:
+    """(N,) places of the predicted tokens in `y.flatten()`, which are all but the padding, and (N,) their word ids."""
+    flat = y.flatten()
+    place = (flat != PAD).nonzero()[:, 0]
+    return place, flat[place]
+
+
 def reverse_within_lengths(h: Tensor, lengths: Tensor) -> Tensor:
     """Each sentence of h (T, B, width) in reverse order, its padding where it was; lengths (B,).
 
@@ -77,8 +84,9 @@ def reverse_within_lengths(h: Tensor, lengths: Tensor) -> Tensor:
 class Sampler:
     """Draws E distinct words per step for the sampled softmax: word w is in the sample with probability pi_w.
 
-    pi_w = min(1, k count_w ** 0.75), with k such that the pi_w sum to E. Frequent words are in every sample, boundary
-    symbols are words like any other, <pad> is in none.
+    pi_w = min(1, k count_w ** 0.75), with k such that the pi_w sum to E. Frequent words are in every sample. Boundary
+    symbols and <unk> are words like any other. A word that the rows do not contain counts once, because a word that
+    cannot be drawn would keep its probability for ever. Only <pad> is in no sample.
 
     Systematic sampling: the words lie on a line in random order, word w as an interval of length pi_w. The points
     u, u + 1, u + 2, .. with one random u in [0, 1) hit every interval with probability pi_w, and none twice. So the
@@ -86,10 +94,10 @@ class Sampler:
     """
 
     def __init__(self, counts: np.ndarray, draws: int, seed: int):
-        weight = np.where(counts > 0, np.maximum(counts, 1.0) ** SAMPLING_POWER, 0.0)
+        weight = np.maximum(counts, 1.0) ** SAMPLING_POWER
         weight[PAD] = 0
         self.seed = seed
-        self.draws = min(draws, int((weight > 0).sum()))
+        self.draws = min(draws, len(weight) - 1)
         self.pi = self.inclusion_probabilities(weight, self.draws)
         self.log_pi = torch.from_numpy(np.log(np.maximum(self.pi, 1e-30))).float()
         self.shuffle(0)

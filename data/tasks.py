@@ -7,7 +7,6 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +69,15 @@ class Task:
         return (f"{self.name}: {len(self.train):,} training, {len(self.validation):,} validation, "
                 f"{len(self.test):,} test rows")
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all texts and labels."""
+        sha = hashlib.sha256(repr(self.corpus).encode())
+        for part in (self.train, self.validation, self.test):
+            sha.update(repr(part.texts).encode())
+            sha.update(part.labels.tobytes())
+        return sha.hexdigest()
+
     def with_labels(self, rows: int, seed: int) -> "Task":
         """The same task with only `rows` labelled training rows, drawn by the seed; `corpus` stays whole."""
         if rows > len(self.train):
@@ -109,15 +117,6 @@ class EncodedTexts:
         self.encoded = Encoded.of(tokenize_texts(texts, cache), elmo.words, elmo.config.representation)
         self.words = self.encoded.lengths
         self.lengths = self.words.reshape(2 if self.pair else 1, -1).max(axis=0)
-
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 of the labels and the tokens."""
-        tokens = self.encoded.tokens
-        sha = hashlib.sha256()
-        for array in (self.labels.numpy(), tokens.ids, tokens.offsets, self.encoded.lookup):
-            sha.update(np.ascontiguousarray(array).data)
-        return sha.hexdigest()
 
     def sides(self, rows: np.ndarray) -> tuple[np.ndarray, torch.Tensor]:
         """Rows of `encoded` for these rows of the task, and their lengths; for pairs all first texts come first."""

@@ -6,6 +6,7 @@
 """
 import hashlib
 import html
+import inspect
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ def tokenize(text: str) -> list[str]:
 
 def tokenize_texts(texts: Iterable[str], cache: Path | None = None) -> Tokens:
     """The tokens of many texts, from the folder `cache` if the same texts were tokenized before."""
-    version = f"{TOKENS._pattern} {ENTITY.pattern}"         # another pattern gives another cache
+    version = f"{TOKENS._pattern} {ENTITY.pattern} {inspect.getsource(tokenize)}"       # other rules: another cache
     return tokenize_corpus(texts, tokenize, version, cache)
 
 
@@ -145,6 +146,13 @@ class Data:
         return cls(words, Encoded.of(tokens, words, config.representation), train, validation)
 
     @classmethod
+    def read(cls, config, corpus: str | None, cache: Path) -> "Data":
+        """The data of a run: a plain text if `corpus` names one, otherwise AG News."""
+        if config.validation == 0:
+            raise InputError("validation is 0; expected 1 or more rows, which choose the best epoch")
+        return cls.of_ag_news(config, cache) if corpus is None else cls.of_plain_text(corpus, config, cache)
+
+    @classmethod
     def of_ag_news(cls, config, cache: Path) -> "Data":
         """The descriptions of train.csv, `config.validation` of them as validation rows, and of test.csv as test."""
         texts = read_ag_news("train", config.rows).description.tolist()
@@ -180,11 +188,12 @@ class Data:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the vocabulary and of the training rows' tokens."""
-        tokens = self.encoded.tokens
+        """SHA-256 of the vocabulary, of all tokens and of the numbers of the training rows."""
         sha = hashlib.sha256("\n".join(self.words.words).encode("utf-8", "surrogatepass"))
-        for part in (self.train, tokens.offsets, self.encoded.lookup, tokens.ids):
-            sha.update(np.ascontiguousarray(part).data)
+        sha.update(self.train.tobytes())
+        for encoded in (self.encoded, self.test[0]) if self.test else (self.encoded,):
+            for part in (encoded.tokens.offsets, encoded.lookup, encoded.tokens.ids):
+                sha.update(np.ascontiguousarray(part).data)
         return sha.hexdigest()
 
     def counts(self) -> np.ndarray:

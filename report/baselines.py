@@ -20,6 +20,7 @@ rows.{name}: seeds, validation and test {mean, std} of the accuracy over the see
 """
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -47,7 +48,7 @@ from run import machine
 from run.files import InputError, read_json, write_json
 from run.metrics import mcnemar, mean_and_std
 from run.options import script, script_arguments
-from run.progress import options_of_weights
+from run.publication import options_of_weights
 
 VECTORS = ("word2vec", "svd", "layer0", "layer2", "average", "untrained")
 STATIC_VECTORS = {"width": 300, "passes": 10, "window": 5, "negatives": 10}     # SVD has the same width and window
@@ -206,7 +207,8 @@ def train_head(kind: str, config: Config, options, elmo: ELMo, test_rows: int) -
     wanted = (options.build / f"{kind}.json", elmo.digest, test_rows, options_of_weights(config))
     if finished_run(*wanted) is None:
         print(f"training the head on {kind}", flush=True)
-        classify(config, options.build, options.bilstm, options.resume, partial(make_vectors, kind), kind)
+        of_run = Namespace(out=options.build, bilstm=options.bilstm, resume=options.resume, overwrite=True)
+        classify(config, of_run, partial(make_vectors, kind), kind)
     return finished_run(*wanted)
 
 
@@ -241,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows[name] = numbers
         numbers["against"] = {other: mcnemar(correct[name], correct[other]) for other in COMPARED if other != name}
         print(f"{name:<12}{numbers['validation']['mean']:.2%} validation, {numbers['test']['mean']:.2%} test accuracy")
-    about = machine.provenance(torch.device(machine.default_device()), 60 * minutes)
+    about = machine.provenance(machine.find_device(), 60 * minutes)
     write_json(options.out / "baselines.json", about | {"config": asdict(config), "bilm": elmo.digest, "rows": rows})
     return 0
 

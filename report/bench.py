@@ -49,7 +49,7 @@ from data.batches import batches, collate
 from data.tasks import EncodedTexts, ag_news_part
 from data.text import PAD, UNK, Data, Encoded, Vocabulary, tokenize_texts
 from run.files import write_json
-from run.machine import autocast, compute_dtype, default_device, peak_memory_gb, provenance
+from run.machine import autocast, compute_dtype, find_device, peak_memory_gb, provenance
 from run.options import script, script_arguments
 
 REPEATS = 3
@@ -159,7 +159,9 @@ def training_speed(name: str, trainer, seconds: float) -> dict[str, float]:
     items = 0
     begin = time.perf_counter()
     for number in count():
-        items += trainer.step(number)[1]            # reads the loss, and so waits for the device
+        loss, *_, targets = trainer.step(number)
+        float(loss)                                 # waits for the device
+        items += targets
         elapsed = time.perf_counter() - begin
         if elapsed >= seconds:
             return {name: items / elapsed}
@@ -229,7 +231,7 @@ def inference(classifier: classification.Classifier, texts: list[str]) -> dict[s
 
 def bench(config: ELMO.Config, seconds: float) -> dict:
     """The numbers of bench.json."""
-    device = torch.device(default_device())
+    device = find_device()
     bilstm = ELMO.HERE / "models" / "bilstm.pt"
     classifier = classification.Classifier.load(bilstm.with_name("classifier.pt"), bilstm, device=str(device))
     data = Data.of_ag_news(config, CACHE)
@@ -271,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config, options = script_arguments(argv, ELMO.Config, "bench.py", __doc__, ELMO.HERE / "models", {
         "--quick": {"action": "store_true", "help": "shorter measures, 3 minutes on two cores"}})
     result = bench(config, QUICK_SECONDS if options.quick else SECONDS)
-    result |= provenance(torch.device(default_device()), time.perf_counter() - begin)
+    result |= provenance(find_device(), time.perf_counter() - begin)
     result |= {"load_before": load, "quick": options.quick, "config": asdict(config)}
     write_json(options.out / "bench.json", result)
     for name in result["repeats"][0]:

@@ -85,7 +85,7 @@ class Inputs:
     @classmethod
     def read(cls, folder: Path) -> "Inputs":
         """The inputs with the biLM in a folder."""
-        elmo = ELMo.load(folder / "bilstm.pt", machine.default_device())
+        elmo = ELMo.load(folder / "bilstm.pt")
         task = read_task(Config(), elmo.config)
         quarter = task.validation.take(np.arange(0, len(task.validation), 4))
         parts = {"validation": EncodedTexts(quarter, elmo), "test": EncodedTexts(task.test, elmo, CACHE)}

@@ -11,13 +11,12 @@ from zlib import crc32
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # for `python report/sweep.py`
 import optuna
-import torch
 from sqlalchemy.exc import SQLAlchemyError
 
 import classification
 import ELMO
 from run.files import InputError, one_line, write_atomically
-from run.machine import default_device
+from run.machine import find_device
 from run.options import script, script_arguments
 
 # With other rows, words or heads, the losses of two trials could not be compared.
@@ -28,12 +27,13 @@ def trainers(config):
     """A function that makes the trainer of a Config, always on the rows and heads that this `config` names."""
     if isinstance(config, ELMO.Config):
         data = ELMO.Data.of_ag_news(config, ELMO.CACHE)
-        return lambda drawn: ELMO.Trainer(drawn, data, torch.device(default_device()))
-    elmo = ELMO.ELMo.load(ELMO.HERE / "models" / "bilstm.pt", default_device())
+        return lambda drawn: ELMO.Trainer(drawn, data, find_device())
+    elmo = ELMO.ELMo.load(ELMO.HERE / "models" / "bilstm.pt")
     task = classification.read_task(config, elmo.config)
     parts = {name: classification.EncodedTexts(getattr(task, name), elmo) for name in ("train", "validation")}
     vectors = classification.ELMoVectors(elmo.model)
-    return lambda drawn: classification.Trainer(drawn, vectors, parts, len(task.labels), elmo.digest)
+    source = {"data": task.digest, "bilm": elmo.digest}
+    return lambda drawn: classification.Trainer(drawn, vectors, parts, len(task.labels), source)
 
 
 def distribution(text: str, config) -> tuple[str, optuna.distributions.BaseDistribution]:

@@ -35,6 +35,8 @@ def embed_file(load: Callable, source: str, target: str, precision: str, full: b
 
     `load()` returns the ELMo, after the file names are checked. precision: "fp32", "bf16" or "auto".
     """
+    if source is None or target is None:
+        raise InputError("--embed and --npz go together: --embed texts.txt --npz vectors.npz")
     check_target(target)
     lines = read_lines(source)
     elmo = load()

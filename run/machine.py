@@ -5,22 +5,36 @@ import os
 import platform
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from run.files import InputError
+from run.files import InputError, one_line
+
+FASTER = 1.1            # bf16 is used if its products are at least this many times as fast as those in fp32
 
 
 # ------------------------------------------------------------------------------------------ device and precision
-def default_device() -> str:
-    """"cuda" if a CUDA device is there, else "cpu"."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def find_device(name: str | torch.device | None = None) -> torch.device:
+    """The device of this name; by default CUDA if there is a CUDA device, else the CPU.
+
+    Raises InputError if there is no such device.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:         # torch's errors for an unknown name, and for a missing GPU
+        reason = one_line(error)[:80]
+        raise InputError(f"device {str(name)!r} cannot be used ({reason}); expected cpu or, with a GPU, cuda") from None
+    return device
 
 
 def bf16_instructions() -> str | None:
@@ -37,20 +51,56 @@ def bf16_instructions() -> str | None:
     return "AVX-512" if capabilities.get("avx512_bf16") and allowed else None
 
 
+@cache
 def fast_bf16(device: torch.device) -> bool:
-    """Whether this device multiplies bf16 matrices in hardware. Emulated, they take several times as long as fp32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bf16_instructions() is not None
+    """Whether matrix products in bf16 are at least FASTER times as fast as in fp32 here; measured once per process.
+
+    The list of a CPU's instructions does not tell: one CPU with bf16 instructions had 99 GFLOP/s in bf16, 156 in fp32.
+    """
+    return product_seconds(device, torch.float32) >= FASTER * product_seconds(device, torch.bfloat16)
+
+
+def product_seconds(device: torch.device, dtype: torch.dtype) -> float:
+    """Shortest time of four products of two square matrices, by one thread of a CPU."""
+    size = 4096 if device.type == "cuda" else 512
+    matrix = torch.ones(size, size, dtype=dtype, device=device)
+    times = []
+    with torch_threads(1):
+        for _ in range(4):
+            begin = time.perf_counter()
+            product = matrix @ matrix
+            product[0, 0].item()                            # waits for a GPU
+            times.append(time.perf_counter() - begin)
+    return min(times)
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Type of the matrix products for "auto" (bf16 if it is fast), "fp32" or "bf16"; InputError for another word."""
+    """Type of the matrix products for "fp32", "bf16" or "auto"; InputError for another word.
+
+    "auto" is bf16 if it is fast in every process of torchrun, so that all use the same type.
+    """
     if precision not in ("auto", "fp32", "bf16"):
         raise InputError(f"precision is {precision!r}; expected auto, fp32 or bf16")
-    if precision == "bf16" or (precision == "auto" and fast_bf16(device)):
-        return torch.bfloat16
-    return torch.float32
+    if precision == "auto":
+        slow = torch.tensor([float(not fast_bf16(device))])
+        slow_processes, = sum_over_processes([slow])
+        return torch.float32 if slow_processes > 0 else torch.bfloat16
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def random_generator(device: torch.device, seed: int) -> torch.Generator:
+    """A generator of random numbers on this device."""
+    return torch.Generator(device).manual_seed(seed)
+
+
+def seeded(seed: int, make: Callable):
+    """make(), with weights drawn from the seed; the random numbers of the caller go on as if nothing had been drawn.
+
+    torch.manual_seed would also set the generators of all GPUs, so only the CPU's generator is set and put back.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return make()
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
@@ -121,6 +171,10 @@ def join_processes() -> tuple[int, int]:
         return 0, 1
     if not dist.is_initialized():
         if torch.cuda.is_available():
+            processes = int(os.environ["LOCAL_WORLD_SIZE"])
+            if processes > torch.cuda.device_count():
+                raise InputError(f"{processes} processes need as many GPUs, but there are {torch.cuda.device_count()}; "
+                                 "choose a smaller --nproc_per_node, or set CUDA_VISIBLE_DEVICES= to use the CPU")
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         atexit.register(dist.destroy_process_group)
@@ -149,12 +203,12 @@ def sum_over_processes(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     return results
 
 
-def sum_gradients(weights: list[torch.nn.Parameter], loss: torch.Tensor) -> float:
-    """Replaces every .grad by its sum over the processes of torchrun; returns the sum of the losses."""
+def sum_gradients(weights: list[torch.nn.Parameter], loss: torch.Tensor) -> torch.Tensor:
+    """Replaces every .grad by its sum over the processes of torchrun; returns the sum of the losses ()."""
     *gradients, total = sum_over_processes([*(weight.grad for weight in weights), loss])
     for weight, gradient in zip(weights, gradients, strict=True):
         weight.grad = gradient
-    return total.item()
+    return total
 
 
 def end_with_parent() -> None:
@@ -194,16 +248,19 @@ def peak_memory_gb() -> float:
 
 # --------------------------------------------------------------------------------------------------- description
 def describe(device: torch.device) -> dict:
-    """What the numbers were measured on, for the JSON files."""
-    about = {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "system": platform.system(),
+    """What the numbers were measured on, for the JSON files.
+
+    device: name of the GPU or CPU that trains; cpu: name of the CPU; bf16_hardware: whether bf16 is fast on the device.
+    """
+    cpu = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "")
+    if limit:
+        cpu = f"{cpu}, {limit} at most"
+    about = {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "system": platform.system(),
              "bf16_hardware": fast_bf16(device)}
     if device.type == "cuda":
         return {"device": torch.cuda.get_device_name(device)} | about
-    name = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "")
-    if limit:
-        name = f"{name}, {limit} at most"
-    return {"device": name, "bf16_by": bf16_instructions()} | about
+    return {"device": cpu, "bf16_by": bf16_instructions()} | about
 
 
 def versions() -> dict:

@@ -122,6 +122,15 @@ def word_confusion(gold: np.ndarray, best: np.ndarray, words: Sequence[str]) -> 
     return {"words": [*names, "(other)"], "counts": matrix.tolist()}
 
 
+def perplexity_sentence(entry: dict) -> str:
+    """An evaluation of the history of a pretraining.json as a line to print."""
+    training = f"training perplexity {entry['train_perplexity']:.1f} (with dropout and sampled words)"
+    if "validation_perplexity" not in entry:
+        return training
+    forward, backward = entry["validation_perplexity"]
+    return f"validation perplexity {forward:.1f} forward, {backward:.1f} backward; {training}"
+
+
 def perplexity_table(result: dict) -> str:
     """The perplexities of a pretraining.json as lines to print."""
     rows = []
@@ -252,6 +261,14 @@ def mcnemar(correct: np.ndarray, other: np.ndarray) -> dict:
     return {"difference": float(gap.mean()),
             "interval": np.percentile(resampled @ gap / len(gap), [2.5, 97.5]).tolist(),
             "only_this": only_this, "only_that": only_that, "p": p}
+
+
+def accuracy_sentence(entry: dict) -> str:
+    """An evaluation of the history of a classification.json as a line to print."""
+    accuracies = []
+    for setting, numbers in entry["validation"].items():
+        accuracies.append(f"{100 * np.mean(numbers['accuracy']):.2f} % {setting}")
+    return f"validation accuracy {', '.join(accuracies)}; training loss {entry['train_loss']:.3f}"
 
 
 def accuracy_table(result: dict) -> str:

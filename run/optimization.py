@@ -1,21 +1,25 @@
 """Optimizers with one schedule and one limit for the gradient, dropout masks, and moving averages of weights."""
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from run.files import InputError
 
 WARMUP = 0.03       # share of the steps in which the learning rate rises
+MAX_NLL = 50.0      # nats per token or row, above which training has diverged; equal probabilities give log V, about 10
 
 
-def learning_rate_factor(step: int, steps: int) -> float:
+def lr_factor(step: int, steps: int) -> float:
     """Factor of the peak learning rate: it rises linearly during the warm-up and falls as a cosine to 1 %."""
     cosine = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps))
     return min((step + 1) / max(1.0, WARMUP * steps), cosine)
 
 
-def clip_gradients(weights: Iterable[nn.Parameter], max_norm: float) -> float:
-    """Scales the whole gradient of some weights to a norm of at most `max_norm`; returns the norm before.
+def clip_gradients(weights: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scales the whole gradient of some weights to a norm of at most `max_norm`; returns the norm () before.
 
     `nn.utils.clip_grad_norm_` refuses sparse gradients. The norm of a coalesced one is the norm of its values.
     """
@@ -32,7 +36,22 @@ def clip_gradients(weights: Iterable[nn.Parameter], max_norm: float) -> float:
     scale = (max_norm / norm.clamp(min=1e-12)).clamp(max=1)
     for gradient in gradients:
         gradient.mul_(scale)
-    return float(norm)
+    return norm
+
+
+def check_loss(loss: Tensor | float, norm: Tensor | float, items: int, first: int, last: int) -> None:
+    """Raises InputError if training has diverged in the steps `first` to `last`.
+
+    It has if the loss, summed over `items` tokens or rows, or the gradient norm, summed over the steps, is not finite,
+    or if the mean loss is above MAX_NLL. Reading the two numbers makes the program wait for a GPU.
+    """
+    nll = float(loss) / max(1, items)
+    norm = float(norm)
+    if math.isfinite(norm) and nll <= MAX_NLL:
+        return
+    steps = f"step {first}" if first == last else f"one of the steps {first} to {last}"
+    raise InputError(f"the loss diverged at {steps}: it is {nll:.4g}, and the gradient norm {norm:.4g}; start anew "
+                     "with lower learning rates (--lr and others, see --help)")
 
 
 class Optimizers:
@@ -83,12 +102,20 @@ def group(weights: list[nn.Parameter], peak_lr: float, weight_decay: float = 0.0
 
 
 def dropout_mask(p: float, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """A mask that is 0 with probability p and 1 / (1 - p) otherwise, so that the expected value stays the same."""
-    return torch.empty(shape).bernoulli_(1 - p, generator=generator).div_(1 - p)
+    """A mask that is 0 with probability p and 1 / (1 - p) otherwise, so that the expected value stays the same.
+
+    It is made on the device of the generator.
+    """
+    return torch.empty(shape, device=generator.device).bernoulli_(1 - p, generator=generator).div_(1 - p)
 
 
-def moving_average(decay: float) -> Callable:
-    """The rule for torch.optim.swa_utils.AveragedModel: d average + (1 - d) new; d rises to `decay` at first."""
+def moving_average(modules: nn.Module, decay: float) -> AveragedModel:
+    """A copy of the modules for averages of their weights: each update sets a to d a + (1 - d) new.
+
+    d rises to `decay` at first: after n updates it is n / (n + 9) if that is less.
+    """
     def update(average: Tensor, new: Tensor, count: Tensor) -> Tensor:
-        return average.lerp(new, 1 - min(decay, float(count) / (float(count) + 9)))
-    return update
+        """The new average of one weight after `count` updates."""
+        d = min(decay, float(count) / (float(count) + 9))
+        return average.lerp(new, 1 - d)
+    return AveragedModel(modules, avg_fn=update)

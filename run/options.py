@@ -84,6 +84,7 @@ def script_arguments(argv: Sequence[str] | None, config_class: type, name: str, 
     parser = Parser(prog=name, description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default=out, type=Path, help=f"folder that the run writes (default {out.name}/)")
     parser.add_argument("--resume", action="store_true", help="continue the last run in --out where it stopped")
+    parser.add_argument("--overwrite", action="store_true", help="replace the files of another run in --out")
     parser.add_argument("--config", metavar="FILE", help="TOML file of options; the command line wins")
     for flag, settings in extra.items():
         parser.add_argument(flag, **settings)

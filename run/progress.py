@@ -6,9 +6,8 @@
                 run.save_best(evaluate)         # adds to the history, saves the best weights
             if run.stop():
                 break
-            run.count(*trainer.step(step))      # (summed loss, items)
+            run.count(*trainer.step(step))      # (summed loss, gradient norm, items)
 """
-import json
 import math
 import signal
 import sys
@@ -25,6 +24,7 @@ from tqdm import tqdm
 from run.checkpoint import read_resume, write_resume
 from run.files import InputError, one_line
 from run.machine import sum_over_processes
+from run.optimization import MAX_NLL, check_loss
 from run.tracker import Tracker
 
 
@@ -71,13 +71,12 @@ class Progress:
     def start(self) -> None:
         """Starts new averages: after a log line, and after an evaluation, whose time does not count."""
         self.start_time = time.perf_counter()
-        self.start_step = self.done
         self.items = 0
         self.loss = 0.0
 
-    def step(self, loss: float, items: int, per_epoch: int) -> None:
-        """Counts a step of `items` tokens or rows, whose summed loss is `loss`."""
-        self.done += 1
+    def count(self, steps: int, loss: float, items: int, per_epoch: int) -> None:
+        """Counts some steps over `items` tokens or rows, whose summed loss is `loss`."""
+        self.done += steps
         self.items += items
         self.loss += loss
         seconds = max(time.perf_counter() - self.start_time, 1e-9)
@@ -87,13 +86,18 @@ class Progress:
         if self.unit == "tokens":
             figures += f"  perplexity {math.exp(min(nll, 50)):.1f}"
         self.bar.set_postfix_str(figures, refresh=False)
-        self.bar.update()
+        self.bar.update(steps)
         if self.done % self.log_every == 0:
             self.tracker.log(self.done, {"training": {"nll": nll, f"{self.unit}_per_second": speed}})
-            left = seconds / (self.done - self.start_step) * (self.steps - self.done)
             self.write(f"step {self.done:,} of {self.steps:,}  epoch {self.done / per_epoch:.2f}  {figures}  "
-                       f"{tqdm.format_interval(left)} left")
+                       f"{tqdm.format_interval(self.seconds_left())} left")
             self.start()
+
+    def seconds_left(self) -> float:
+        """The time left that the bar shows."""
+        bar = self.bar.format_dict
+        rate = bar["rate"] or (bar["n"] - bar["initial"]) / max(bar["elapsed"], 1e-9)
+        return (self.steps - self.done) / max(rate, 1e-9)
 
     def write(self, line: str) -> None:
         """Prints a line above the bar."""
@@ -102,25 +106,18 @@ class Progress:
             sys.stdout.flush()
 
 
-def options_of_weights(config) -> dict:
-    """The options that the weights of a run depend on; the others may change when the run is resumed."""
-    without_effect = ("log_every", "save_every", "track")
-    return {name: value for name, value in asdict(config).items() if name not in without_effect}
-
-
-def identity_of(config, form: str, dtype: torch.dtype) -> dict:
-    """What a resumed run must share with its first part: the format, the type of the products, the options."""
-    return {"format": form, "products": str(dtype)} | options_of_weights(config)
-
-
 class Run:
     """A training run that can be stopped and resumed: its counters, clock, history, best weights and resume file.
 
     The trainer has steps, per_epoch, interval (steps between evaluations), unit ("tokens" or "rows"), config (with
-    log_every, save_every and track), rank, device, model, identity(), state() and load_state(state).
+    precision, log_every, save_every and track), rank, device, dtype, model, identity(), state() and load_state(state).
 
     seconds: time of the steps alone; wall: of everything; earlier: of the parts before this one. No step depends on
     when a state is saved, so a killed run that is resumed ends with the same weights as a run that was not.
+
+    A GPU computes while Python goes on, until somebody reads a number from it. So a GPU's losses and gradient norms are
+    added up there (`unread`), and are read and checked every log_every steps and before every evaluation and save. On a
+    CPU they are read after every step; there the trainer has checked them already, before it updated the weights.
     """
     SAVED = ("step", "seconds", "wall", "loss", "items", "lowest", "best", "history")
 
@@ -132,6 +129,7 @@ class Run:
         self.wall = 0.0
         self.loss = 0.0         # summed over the items since the last evaluation
         self.items = 0
+        self.unread = []        # (summed loss, gradient norm, items) of the steps that were not read yet
         self.lowest = math.inf
         self.best = None        # state dict of the model with the lowest number so far
         self.history = []
@@ -143,14 +141,19 @@ class Run:
         self.save_time = self.clock
 
     def load(self, state: dict) -> None:
-        """Sets trainer and counters to a state that `save` wrote."""
+        """Sets trainer and counters to a state that `save` wrote. With `--precision auto` its precision stays."""
         try:
             self.trainer.load_state(state["trainer"])
             for name in self.SAVED:
                 setattr(self, name, state["run"][name])
+            dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[state["precision"]]
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise InputError(f"{self.file} does not hold such a run ({one_line(error)}); start anew without "
                              "--resume") from None
+        if self.trainer.config.precision not in ("auto", state["precision"]):
+            raise InputError(f"{self.file} was computed in {state['precision']}, not {self.trainer.config.precision}; "
+                             f"give --precision {state['precision']}, or start anew without --resume")
+        self.trainer.dtype = dtype
 
     def __enter__(self) -> "Run":
         trainer = self.trainer
@@ -164,14 +167,20 @@ class Run:
         self.exits.callback(tracker.close)
         self.exits.callback(self.progress.bar.close)
         self.stop_event = self.exits.enter_context(stop_request())
+        self.progress.write(f"{self.step:,} of {trainer.steps:,} steps are done; matrix products in {self.precision}")
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        if isinstance(error, InputError) and self.file:     # the loss is not finite, but the weights still are
-            with suppress(InputError):
+        if isinstance(error, InputError) and self.file and self.trainer.device.type == "cpu":
+            with suppress(InputError):      # the loss has diverged, but the weights are still those before the step
                 self.save()
                 self.progress.write(f"{self.file} has the state before step {self.step:,}")
         self.exits.close()
+
+    @property
+    def precision(self) -> str:
+        """The type of the matrix products."""
+        return "bf16" if self.trainer.dtype == torch.bfloat16 else "fp32"
 
     @property
     def finished(self) -> bool:
@@ -183,22 +192,27 @@ class Run:
         last = self.history[-1]["step"] if self.history else 0
         return end_of_interval and step > last
 
-    def save_best(self, evaluate: Callable[[float], tuple[float, dict]]) -> None:
+    def save_best(self, evaluate: Callable[[float], tuple[float, dict, str]]) -> None:
         """Adds an evaluation to the history, saves the weights if they are the best so far, and saves the state.
 
-        `evaluate(mean training loss since the last evaluation)` returns (number, entry): the weights with the lowest
-        number are the best; the entry goes into the history. Its time does not count as training time.
+        `evaluate(mean training loss since the last evaluation)` returns (loss, entry, sentence): the weights with the
+        lowest loss are the best, the entry goes into the history, the sentence is printed. The time of an evaluation
+        does not count as training time.
         """
+        self.read()
         self.seconds += time.perf_counter() - self.clock
-        number, entry = evaluate(self.loss / max(1, self.items))
-        if number < self.lowest:
-            self.lowest = number
+        loss, entry, sentence = evaluate(self.loss / max(1, self.items))
+        if not loss <= MAX_NLL:
+            raise InputError(f"the loss diverged: it is {loss:.4g} on the validation rows after step {self.step:,}; "
+                             "start anew with lower learning rates (--lr and others, see --help)")
+        if loss < self.lowest:
+            self.lowest = loss
             self.best = {name: value.clone() for name, value in self.trainer.model.state_dict().items()}
         self.history.append({"step": self.step, "epoch": round(self.step / self.trainer.per_epoch, 3),
                              "seconds": round(self.seconds, 1)} | entry)
         self.loss = 0.0
         self.items = 0
-        self.progress.write(json.dumps(self.history[-1]))
+        self.progress.write(f"epoch {self.history[-1]['epoch']:g}: {sentence}")
         self.progress.tracker.log(self.step, entry)
         self.progress.start()
         self.clock = time.perf_counter()
@@ -217,22 +231,36 @@ class Run:
         self.progress.write(f"stopped before step {self.step:,}{hint}")
         return True
 
-    def count(self, loss: float, items: int) -> None:
+    def count(self, loss: torch.Tensor, norm: torch.Tensor, items: int) -> None:
         """Counts a step, shows it, and saves the state if the last one is more than `save_every` seconds old."""
         self.step += 1
-        self.loss += loss
-        self.items += items
-        self.progress.step(loss, items, self.trainer.per_epoch)
+        self.unread.append((loss, norm, items))
+        if self.trainer.device.type == "cpu" or self.step % self.trainer.config.log_every == 0:
+            self.read()
         if time.perf_counter() - self.save_time > self.trainer.config.save_every:
             self.save()
 
+    def read(self) -> None:
+        """Reads and shows the losses of the last steps. Raises InputError if they show that training has diverged."""
+        if not self.unread:
+            return
+        losses, norms, items = zip(*self.unread, strict=True)
+        loss = float(sum(losses))
+        check_loss(loss, sum(norms), sum(items), self.step - len(items), self.step - 1)
+        self.loss += loss
+        self.items += sum(items)
+        self.progress.count(len(items), loss, sum(items), self.trainer.per_epoch)
+        self.unread.clear()
+
     def save(self) -> None:
         """Writes the state to the resume file; only the first process does."""
+        self.read()
         self.seconds += time.perf_counter() - self.clock
         self.wall = time.perf_counter() - self.begin
         if self.file and self.trainer.rank == 0:
             self.progress.tracker.flush()
             counters = {name: getattr(self, name) for name in self.SAVED}
-            write_resume(self.file, self.trainer.identity(), {"run": counters, "trainer": self.trainer.state()})
+            write_resume(self.file, self.trainer.identity(), {
+                "run": counters, "trainer": self.trainer.state(), "precision": self.precision})
         self.clock = time.perf_counter()
         self.save_time = self.clock
