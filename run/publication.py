@@ -40,7 +40,7 @@ def finished_already(file: Path, model: Path, config, source: dict[str, str], re
 
 
 def check_same_run(file: Path, config, source: dict[str, str]) -> None:
-    """Raises InputError if the numbers in `file` are of other options or other data."""
+    """Raises InputError if the numbers in `file` are of other options, other data or another biLM."""
     with read_json(file) as result:
         saved = asdict(type(config)()) | result["config"]       # the default of an option that is newer than the file
         for name, value in options_of_weights(config).items():
@@ -48,4 +48,5 @@ def check_same_run(file: Path, config, source: dict[str, str]) -> None:
                 raise InputError(f"{file} is of a run with {name} = {saved[name]}, not {value}; {ADVICE}")
         for name, digest in source.items():
             if result.get(name) != digest:
-                raise InputError(f"{file} is of a run on another {name.replace('_', ' ')}; {ADVICE}")
+                other = {"data": "other data", "bilm": "another biLM"}[name]
+                raise InputError(f"{file} is of a run on {other}; {ADVICE}")

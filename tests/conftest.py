@@ -23,7 +23,7 @@ SCRIPTS = {"ELMO.py": ELMO, "classification.py": classification}
 FILES = {"ELMO.py": "bilstm.pt", "classification.py": "classifier.pt"}
 SMALL = {
     "ELMO.py": "--hidden 12 --validation 60 --epochs 3 --batch-tokens 300 --negatives 50 --lr 0.01 --table-lr 0.01 "
-               "--min-count 2 --log-every 20 --save-every 0.1",
+               "--min-count 2 --log-every 20 --save-every 0.1 --precision bf16",
     "classification.py": "--hidden 6 --setting trainable --seeds 2 --batch-tokens 300 --epochs 2 --log-every 20 "
                          "--save-every 0.1 --precision fp32"}
 torch.set_num_threads(1)        # small models are not faster with more, and do not wait for a busy core
