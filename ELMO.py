@@ -46,7 +46,7 @@ from run.machine import autocast
 from run.optimization import Optimizers, check_loss, clip_gradients, dropout_mask, group, lr_factor
 from run.options import check_options, option, script, script_arguments
 from run.progress import Run
-from run.publication import finished_already, options_of_weights
+from run.publication import Publication, options_of_weights
 
 HERE = Path(__file__).resolve().parent
 FORMAT = "elmo-bilm-2"                  # of bilstm.pt; another one if the file's meaning changes
@@ -367,10 +367,7 @@ class Trainer:
 
     @machine.torch_threads(1)
     def step(self, step: int) -> tuple[Tensor, Tensor, int]:
-        """One update; returns (nll, gradient norm, predicted tokens) of both directions and all processes.
-
-        Raises InputError if the loss diverged. For a GPU `Run` does so later, because reading its numbers takes time.
-        """
+        """One update; returns (nll, gradient norm, predicted tokens) of both directions and all processes."""
         # batch
         ids, y = self.batch(step)                                                       # (2, T, B)
         targets = int((y != PAD).sum())
@@ -386,7 +383,7 @@ class Trainer:
         nll = self.collect(x, forward, backward)
         # clip
         norm = clip_gradients([*self.dense, *self.sparse], self.config.clip)
-        if self.device.type == "cpu":
+        if self.device.type == "cpu":       # Run reads a GPU's numbers later, because reading them takes time
             check_loss(nll, norm, targets, step, step)
         # update, with linear warm-up and then a cosine
         self.optimizers.step(lr_factor(step, self.steps))
@@ -599,7 +596,7 @@ def publish(run: Run, out: Path, seconds: float) -> None:
     elmo.save(out / "bilstm.pt")
     targets = 2 * (trainer.lengths + 1).sum() * trainer.steps / trainer.per_epoch
     result = machine.provenance(trainer.device, seconds) | {
-        "config": asdict(elmo.config), "precision": str(trainer.dtype).removeprefix("torch."),
+        "config": asdict(elmo.config), "precision": run.precision,
         "tokens_per_second": float(targets / run.seconds), "vocabulary": len(elmo.words),
         "parameters": sum(weight.numel() for weight in elmo.model.state_dict().values()),
         "file_mb": (out / "bilstm.pt").stat().st_size / 1e6, "digest": elmo.digest,
@@ -616,17 +613,16 @@ def pretrain(config: Config, options: Namespace) -> int:
     """The run of the command: AG News or a plain text to OUT. Returns the exit status. options: of the command line."""
     begin = time.perf_counter()
     out = options.out
-    resume_file = out / "bilstm.resume.pt"
+    publication = Publication("bilstm", config, options)
     data = Data.read(config, options.corpus, CACHE)
-    source = {"data": data.digest}
-    if finished_already(out / "pretraining.json", out / "bilstm.pt", config, source, resume_file, options):
+    if publication.finished({"data": data.digest}):
         return 0
     trainer = Trainer(config, data, machine.find_device())
     first = trainer.rank == 0
     if first:
         print(data.summary(), flush=True)
     with folder_lock(out) if first else nullcontext():
-        run = train(trainer, resume_file, options.resume)
+        run = train(trainer, publication.resume_file, options.resume)
         if not run.finished:
             return 130
         if first:

@@ -45,7 +45,7 @@ from run.optimization import Optimizers, check_loss, clip_gradients, dropout_mas
 from run.options import check_options, option, script, script_arguments
 from run.pairs import PairMatcher
 from run.progress import Run
-from run.publication import finished_already, options_of_weights
+from run.publication import Publication, options_of_weights
 
 HERE = Path(__file__).resolve().parent
 FORMAT = "elmo-classifier-2"            # of classifier.pt; another one if its meaning changes
@@ -356,10 +356,7 @@ class Trainer:
 
     @machine.torch_threads(1)
     def step(self, step: int) -> tuple[Tensor, Tensor, int]:
-        """One update of every head; returns means over heads (summed cross-entropy, gradient norm) and the rows.
-
-        InputError as in ELMO.Trainer.step.
-        """
+        """One update of every head; returns (summed cross-entropy, gradient norm, rows), as means over the heads."""
         epoch, number = divmod(step, self.per_epoch)
         if epoch != self.epoch:
             self.start_epoch(epoch)
@@ -369,7 +366,7 @@ class Trainer:
             shared = vectors_of(self.vectors, self.parts["train"], rows, self.dtype, self.workers.map)
         learners = list(self.learners.values())
         results = self.workers.map(lambda learner: learner.gradients(self, step, rows, shared), learners)
-        if self.device.type == "cpu":
+        if self.device.type == "cpu":       # Run reads a GPU's numbers later, because reading them takes time
             for loss, norm in results:
                 check_loss(loss, norm, len(rows), step, step)
         self.workers.map(lambda learner: learner.update(step, self.steps), learners)
@@ -543,7 +540,7 @@ def measure(run: Run, task: Task) -> dict:
         numbers["gamma"] = [mix.gamma.item() for mix in mixes]
         numbers["parameters"] = sum(weight.numel() for weight in heads[0].parameters())
         settings[setting] = numbers
-    return {"config": asdict(trainer.config), "task": task.name, "labels": task.labels,
+    return {"config": asdict(trainer.config), "precision": run.precision, "task": task.name, "labels": task.labels,
             "history": [run.history], "settings": settings} | trainer.source
 
 
@@ -595,13 +592,12 @@ def classify(config: Config, options: Namespace, make_vectors: Callable | None =
     """
     begin = time.perf_counter()
     out = options.out
+    name = stem or config.stem
+    publication = Publication(name, config, options)
     elmo = ELMo.load(options.bilstm)
     task = read_task(config, elmo.config)
     source = {"data": task.digest, "bilm": elmo.digest}
-    name = stem or config.stem
-    file = out / f"{'classification' if name == 'classifier' else name}.json"
-    resume_file = out / f"{name}.resume.pt"
-    if finished_already(file, out / f"{name}.pt", config, source, resume_file, options):
+    if publication.finished(source):
         return 0
     with folder_lock(out):
         runs = []
@@ -615,7 +611,7 @@ def classify(config: Config, options: Namespace, make_vectors: Callable | None =
         vectors = ELMoVectors(elmo.model) if make_vectors is None else make_vectors(config, elmo, task)
         print(f"{task.summary()}; {', '.join(config.settings)}; {config.seeds} seed(s)", flush=True)
         trainer = Trainer(config, vectors, parts, len(task.labels), source)
-        run = train(trainer, resume_file, options.resume)
+        run = train(trainer, publication.resume_file, options.resume)
         if not run.finished:
             return 130
         trainer.model.load_state_dict({key: value.half().float() for key, value in run.best.items()})
@@ -627,7 +623,7 @@ def classify(config: Config, options: Namespace, make_vectors: Callable | None =
         result |= machine.provenance(trainer.device, seconds)
         from run import figures  # imported here, because Matplotlib takes a while
         figures.classification(result, out, "" if name == "classifier" else name)
-        write_json(file, result)
+        write_json(publication.json, result)
         print(metrics.accuracy_table(result))
         for finished in runs:
             finished.file.unlink(missing_ok=True)
@@ -645,8 +641,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--json": {"action": "store_true", "help": "--predict: print one JSON object per line"}})
     if options.predict is None:
         return classify(config, options)
-    file = options.classifier or options.out / "classifier.pt"
-    load = partial(Classifier.load, file, options.bilstm, config.setting)
+    load = partial(Classifier.load, options.classifier or options.out / "classifier.pt", options.bilstm, config.setting)
     inference.print_predictions(load, options.predict, config.precision, options.json)
     return 0
 

@@ -244,7 +244,7 @@ def test_one_string_instead_of_a_list_is_named_as_such(elmo, whole):
         with pytest.raises(InputError, match="texts is one string; expected a list of strings"):
             call("one text")
     with pytest.raises(InputError, match="texts is one string"):
-        elmo.embed("one text", "another text")
+        elmo.embed_stream("one text", "another text")
 
 
 def test_another_rule_of_the_tokenizer_makes_another_cache(monkeypatch, tmp_path):
