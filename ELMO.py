@@ -155,11 +155,15 @@ class BiLM(nn.Module):
         return [weight for weight in self.lstms(d).parameters() if weight.requires_grad]
 
     def represent(self, ids: Tensor, chars: Tensor | None = None) -> Tensor:
-        """(..., P) token representations of ids (...); chars: characters of all types, for the character network."""
+        """(..., P) token representations, on the model's device, of ids (...) on the CPU.
+
+        chars: characters of all types, for the character network.
+        """
+        device = self.table.device
         if self.config.representation == "char":
             types, place = torch.unique(ids, return_inverse=True)           # each type goes through the network once
-            codes = chars[types.to(chars.device)].to(ids.device)
-            return F.embedding(place, self.characters(codes).float())
+            return F.embedding(place.to(device), self.characters(chars[types].to(device)).float())
+        ids = ids.to(device)
         if self.config.tied:
             return F.embedding(ids, self.table, sparse=True)                # the gradient holds only the rows of ids
         return F.embedding(ids, self.static)
@@ -202,7 +206,7 @@ class BiLM(nn.Module):
         device = self.table.device
         learns = torch.is_grad_enabled()
         with autocast(device, dtype):
-            x = self.represent(ids.to(device), chars)
+            x = self.represent(ids, chars)
 
         def states(d: int) -> list[Tensor]:
             with autocast(device, dtype), torch.set_grad_enabled(learns):           # both hold for one thread only
@@ -255,7 +259,7 @@ def score_batch(model: BiLM, encoded: Encoded, dtype: torch.dtype, details: bool
     ids, y = collate(encoded, rows)
     directions = []
     with torch.no_grad(), autocast(device, dtype):
-        x = model.represent(ids.to(device), encoded.chars)                      # (2, T, B, P)
+        x = model.represent(ids, encoded.chars)                                 # (2, T, B, P)
         for d in range(2):
             place, gold = predicted_tokens(y[d])
             h = model.states(d, x[d])[-1].flatten(0, 1)[place.to(device)]       # (T, B, P) -> (N, P)
@@ -379,7 +383,7 @@ class Trainer:
         sampled = self.sampler.draw(u).to(self.device)
         # loss and gradients, each direction on its own core
         with autocast(self.device, self.dtype):
-            x = self.model.represent(self.own(ids).to(self.device), self.data.encoded.chars)        # (2, T, B, P)
+            x = self.model.represent(self.own(ids), self.data.encoded.chars)                        # (2, T, B, P)
         inputs = [x[d].detach().requires_grad_() for d in range(2)]
         direction = partial(self.direction, sampled=sampled, targets=targets)
         forward, backward = self.workers.map(direction, range(2), inputs, self.own(y), masks)
