@@ -42,7 +42,7 @@ from data.text import PAD, SPECIAL, Data, Encoded, Vocabulary, tokenize, tokeniz
 from data.word2vec import unit_variance, word2vec
 from run import checkpoint, inference, machine, metrics, ngram
 from run.files import InputError, folder_lock, write_json
-from run.machine import autocast
+from run.machine import autocast, upload
 from run.optimization import Optimizers, check_loss, clip_gradients, dropout_mask, group, lr_factor
 from run.options import check_options, option, script, script_arguments
 from run.progress import Run
@@ -162,8 +162,8 @@ class BiLM(nn.Module):
         device = self.table.device
         if self.config.representation == "char":
             types, place = torch.unique(ids, return_inverse=True)           # each type goes through the network once
-            return F.embedding(place.to(device), self.characters(chars[types].to(device)).float())
-        ids = ids.to(device)
+            return F.embedding(upload(place, device), self.characters(upload(chars[types], device)).float())
+        ids = upload(ids, device)
         if self.config.tied:
             return F.embedding(ids, self.table, sparse=True)                # the gradient holds only the rows of ids
         return F.embedding(ids, self.static)
@@ -213,7 +213,7 @@ class BiLM(nn.Module):
                 return self.states(d, x[d], masks[d])
 
         forward, backward = run_both(states, range(2))
-        return self.join(forward, backward, lengths.to(device))
+        return self.join(forward, backward, upload(lengths, device))
 
 
 class ScalarMix(nn.Module):
@@ -360,7 +360,7 @@ class Trainer:
 
     def direction(self, d: int, x: Tensor, y: Tensor, masks: Sequence, sampled: Tensor, targets: int) -> Gradients:
         """Forward and backward pass of direction d over its x (T, B, P) and y (T, B); `collect` puts it into .grad."""
-        place, gold = (part.to(self.device) for part in predicted_tokens(y))        # (N,), found on the CPU
+        place, gold = (upload(part, self.device) for part in predicted_tokens(y))    # (N,), found on the CPU
         with autocast(self.device, self.dtype):
             h = self.model.states(d, x, masks)[-1].flatten(0, 1)[place]                         # (T, B, P) -> (N, P)
             nll = sampled_nll(h, gold, self.model.table, self.model.bias, sampled, self.log_pi[sampled]).sum()
@@ -380,7 +380,7 @@ class Trainer:
         targets = int((y != PAD).sum())
         masks = self.masks(step, *ids.shape[1:])
         u = np.random.default_rng([self.config.seed, step, 2]).random()                 # see Sampler
-        sampled = self.sampler.draw(u).to(self.device)
+        sampled = upload(self.sampler.draw(u), self.device)
         # loss and gradients, each direction on its own core
         with autocast(self.device, self.dtype):
             x = self.model.represent(self.own(ids), self.data.encoded.chars)                        # (2, T, B, P)

@@ -40,7 +40,7 @@ from data.text import Data, Encoded, Vocabulary, tokenize_texts
 from ELMO import BiLM, ELMo, ScalarMix
 from run import checkpoint, inference, machine, metrics
 from run.files import InputError, folder_lock, write_json
-from run.machine import autocast
+from run.machine import autocast, upload
 from run.optimization import Optimizers, check_loss, clip_gradients, dropout_mask, group, lr_factor, update_average
 from run.options import check_options, option, script, script_arguments
 from run.pairs import PairMatcher
@@ -274,13 +274,13 @@ class Learner:
         ids, _ = collate(part.encoded, sides)
         shape = (2, ELMO.LAYERS + 1, 1, len(sides), bilm.config.width)
         masks = dropout_mask(self.config.bilm_dropout, shape, generator)
-        return bilm.contextual(ids, lengths, part.encoded.chars, dtype, masks), lengths.to(bilm.table.device)
+        return bilm.contextual(ids, lengths, part.encoded.chars, dtype, masks), upload(lengths, bilm.table.device)
 
     def gradients(self, trainer: "Trainer", step: int, rows: np.ndarray, shared: tuple | None) -> tuple[Tensor, Tensor]:
         """Computes .grad and clips it; returns (summed cross-entropy, norm). shared: layers and lengths or None."""
         head = self.modules["head"]
         part = trainer.parts["train"]
-        gold = part.labels[rows].to(trainer.device)
+        gold = upload(part.labels[rows], trainer.device)
         generator = machine.random_generator(trainer.device, (self.seed + 1) * 1_000_003 + step)
         if shared is None:
             shared = self.contextual(part, rows, trainer.dtype, generator)
@@ -404,7 +404,7 @@ class Trainer:
 def vectors_of(vectors, part: EncodedTexts, rows: np.ndarray, dtype: torch.dtype, run_both: Callable = map):
     """Word vectors (J, T, B, D) and lengths (B,) of some rows; of pairs, all first texts come first."""
     sides, lengths = part.sides(rows)
-    return vectors(part.encoded, sides, dtype, run_both), lengths.to(vectors.device)
+    return vectors(part.encoded, sides, dtype, run_both), upload(lengths, vectors.device)
 
 
 def probabilities(heads: dict, vectors, part: EncodedTexts, dtype: torch.dtype, rows: np.ndarray | None = None) -> dict:
