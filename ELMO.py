@@ -42,7 +42,7 @@ from data.text import PAD, SPECIAL, Data, Encoded, Vocabulary, tokenize, tokeniz
 from data.word2vec import unit_variance, word2vec
 from run import checkpoint, inference, machine, metrics, ngram
 from run.files import InputError, folder_lock, write_json
-from run.machine import autocast
+from run.machine import autocast, upload
 from run.optimization import Optimizers, check_loss, clip_gradients, dropout_mask, group, lr_factor
 from run.options import check_options, option, script, script_arguments
 from run.progress import Run
@@ -155,11 +155,15 @@ class BiLM(nn.Module):
         return [weight for weight in self.lstms(d).parameters() if weight.requires_grad]
 
     def represent(self, ids: Tensor, chars: Tensor | None = None) -> Tensor:
-        """(..., P) token representations of ids (...); chars: characters of all types, for the character network."""
+        """(..., P) token representations, on the model's device, of ids (...) on the CPU.
+
+        chars: characters of all types, for the character network.
+        """
+        device = self.table.device
         if self.config.representation == "char":
             types, place = torch.unique(ids, return_inverse=True)           # each type goes through the network once
-            codes = chars[types.to(chars.device)].to(ids.device)
-            return F.embedding(place, self.characters(codes).float())
+            return F.embedding(upload(place, device), self.characters(upload(chars[types], device)).float())
+        ids = upload(ids, device)
         if self.config.tied:
             return F.embedding(ids, self.table, sparse=True)                # the gradient holds only the rows of ids
         return F.embedding(ids, self.static)
@@ -202,14 +206,14 @@ class BiLM(nn.Module):
         device = self.table.device
         learns = torch.is_grad_enabled()
         with autocast(device, dtype):
-            x = self.represent(ids.to(device), chars)
+            x = self.represent(ids, chars)
 
         def states(d: int) -> list[Tensor]:
             with autocast(device, dtype), torch.set_grad_enabled(learns):           # both hold for one thread only
                 return self.states(d, x[d], masks[d])
 
         forward, backward = run_both(states, range(2))
-        return self.join(forward, backward, lengths.to(device))
+        return self.join(forward, backward, upload(lengths, device))
 
 
 class ScalarMix(nn.Module):
@@ -255,7 +259,7 @@ def score_batch(model: BiLM, encoded: Encoded, dtype: torch.dtype, details: bool
     ids, y = collate(encoded, rows)
     directions = []
     with torch.no_grad(), autocast(device, dtype):
-        x = model.represent(ids.to(device), encoded.chars)                      # (2, T, B, P)
+        x = model.represent(ids, encoded.chars)                                 # (2, T, B, P)
         for d in range(2):
             place, gold = predicted_tokens(y[d])
             h = model.states(d, x[d])[-1].flatten(0, 1)[place.to(device)]       # (T, B, P) -> (N, P)
@@ -356,7 +360,7 @@ class Trainer:
 
     def direction(self, d: int, x: Tensor, y: Tensor, masks: Sequence, sampled: Tensor, targets: int) -> Gradients:
         """Forward and backward pass of direction d over its x (T, B, P) and y (T, B); `collect` puts it into .grad."""
-        place, gold = (part.to(self.device) for part in predicted_tokens(y))        # (N,), found on the CPU
+        place, gold = (upload(part, self.device) for part in predicted_tokens(y))    # (N,), found on the CPU
         with autocast(self.device, self.dtype):
             h = self.model.states(d, x, masks)[-1].flatten(0, 1)[place]                         # (T, B, P) -> (N, P)
             nll = sampled_nll(h, gold, self.model.table, self.model.bias, sampled, self.log_pi[sampled]).sum()
@@ -373,10 +377,10 @@ class Trainer:
         targets = int((y != PAD).sum())
         masks = self.masks(step, *ids.shape[1:])
         u = np.random.default_rng([self.config.seed, step, 2]).random()                 # see Sampler
-        sampled = self.sampler.draw(u).to(self.device)
+        sampled = upload(self.sampler.draw(u), self.device)
         # loss and gradients, each direction on its own core
         with autocast(self.device, self.dtype):
-            x = self.model.represent(self.own(ids).to(self.device), self.data.encoded.chars)        # (2, T, B, P)
+            x = self.model.represent(self.own(ids), self.data.encoded.chars)                        # (2, T, B, P)
         inputs = [x[d].detach().requires_grad_() for d in range(2)]
         direction = partial(self.direction, sampled=sampled, targets=targets)
         forward, backward = self.workers.map(direction, range(2), inputs, self.own(y), masks)

@@ -40,8 +40,8 @@ from data.text import Data, Encoded, Vocabulary, tokenize_texts
 from ELMO import BiLM, ELMo, ScalarMix
 from run import checkpoint, inference, machine, metrics
 from run.files import InputError, folder_lock, write_json
-from run.machine import autocast
-from run.optimization import Optimizers, check_loss, clip_gradients, dropout_mask, group, lr_factor, moving_average
+from run.machine import autocast, upload
+from run.optimization import Optimizers, check_loss, clip_gradients, dropout_mask, group, lr_factor, update_average
 from run.options import check_options, option, script, script_arguments
 from run.pairs import PairMatcher
 from run.progress import Run
@@ -247,7 +247,7 @@ class Learner:
         self.modules = nn.ModuleDict({"head": head.to(vectors.device)})
         if config.finetune:
             self.modules["bilm"] = copy.deepcopy(vectors.model).set_trainable().train()
-        self.average = moving_average(self.modules, config.ema)
+        self.average = copy.deepcopy(self.modules)
         self.optimizers = self.new_optimizers()
 
     def new_optimizers(self) -> Optimizers:
@@ -274,13 +274,13 @@ class Learner:
         ids, _ = collate(part.encoded, sides)
         shape = (2, ELMO.LAYERS + 1, 1, len(sides), bilm.config.width)
         masks = dropout_mask(self.config.bilm_dropout, shape, generator)
-        return bilm.contextual(ids, lengths, part.encoded.chars, dtype, masks), lengths.to(bilm.table.device)
+        return bilm.contextual(ids, lengths, part.encoded.chars, dtype, masks), upload(lengths, bilm.table.device)
 
     def gradients(self, trainer: "Trainer", step: int, rows: np.ndarray, shared: tuple | None) -> tuple[Tensor, Tensor]:
         """Computes .grad and clips it; returns (summed cross-entropy, norm). shared: layers and lengths or None."""
         head = self.modules["head"]
         part = trainer.parts["train"]
-        gold = part.labels[rows].to(trainer.device)
+        gold = upload(part.labels[rows], trainer.device)
         generator = machine.random_generator(trainer.device, (self.seed + 1) * 1_000_003 + step)
         if shared is None:
             shared = self.contextual(part, rows, trainer.dtype, generator)
@@ -297,7 +297,7 @@ class Learner:
         """Updates the weights, and every AVERAGE_EVERY steps their average."""
         self.optimizers.step(lr_factor(step, steps))
         if step % AVERAGE_EVERY == AVERAGE_EVERY - 1 or step + 1 == steps:
-            self.average.update_parameters(self.modules)
+            update_average(self.average, self.modules, step // AVERAGE_EVERY, self.config.ema)
 
     def state(self) -> dict:
         """Everything that the next step depends on."""
@@ -332,7 +332,7 @@ class Trainer:
                 self.learners[name] = Learner(config, self.new_head(setting, classes, seed), seed, vectors)
         self.workers = machine.Workers(min(torch.get_num_threads(), len(self.learners)), self.device)
         # what is evaluated and saved: the averaged weights
-        self.model = nn.ModuleDict({name: learner.average.module for name, learner in self.learners.items()})
+        self.model = nn.ModuleDict({name: learner.average for name, learner in self.learners.items()})
         self.start_epoch(0)
         self.per_epoch = len(self.batches)
         self.steps = max(1, round(config.epochs * self.per_epoch))
@@ -401,7 +401,7 @@ class Trainer:
 def vectors_of(vectors, part: EncodedTexts, rows: np.ndarray, dtype: torch.dtype, run_both: Callable = map):
     """Word vectors (J, T, B, D) and lengths (B,) of some rows; of pairs, all first texts come first."""
     sides, lengths = part.sides(rows)
-    return vectors(part.encoded, sides, dtype, run_both), lengths.to(vectors.device)
+    return vectors(part.encoded, sides, dtype, run_both), upload(lengths, vectors.device)
 
 
 def probabilities(heads: dict, vectors, part: EncodedTexts, dtype: torch.dtype, rows: np.ndarray | None = None) -> dict:

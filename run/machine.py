@@ -88,6 +88,11 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
+def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A CPU tensor on this device. A plain .to(device) would wait until the GPU has done all its earlier work."""
+    return tensor.to(device, non_blocking=True)
+
+
 def random_generator(device: torch.device, seed: int) -> torch.Generator:
     """A generator of random numbers on this device."""
     return torch.Generator(device).manual_seed(seed)

@@ -4,7 +4,6 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from run.files import InputError
 
@@ -109,13 +108,12 @@ def dropout_mask(p: float, shape: tuple[int, ...], generator: torch.Generator) -
     return torch.empty(shape, device=generator.device).bernoulli_(1 - p, generator=generator).div_(1 - p)
 
 
-def moving_average(modules: nn.Module, decay: float) -> AveragedModel:
-    """A copy of the modules for averages of their weights: each update sets a to d a + (1 - d) new.
+@torch.no_grad()
+def update_average(average: nn.Module, modules: nn.Module, count: int, decay: float) -> None:
+    """Sets each weight a of `average`, a copy of `modules`, to d a + (1 - d) new.
 
-    d rises to `decay` at first: after n updates it is n / (n + 9) if that is less.
+    d rises to `decay` at first: after n = `count` updates it is n / (n + 9) if that is less, so the first one copies.
     """
-    def update(average: Tensor, new: Tensor, count: Tensor) -> Tensor:
-        """The new average of one weight after `count` updates."""
-        d = min(decay, float(count) / (float(count) + 9))
-        return average.lerp(new, 1 - d)
-    return AveragedModel(modules, avg_fn=update)
+    d = min(decay, count / (count + 9))
+    for a, new in zip(average.parameters(), modules.parameters(), strict=True):
+        a.lerp_(new, 1 - d)

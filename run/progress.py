@@ -222,7 +222,7 @@ class Run:
         """Whether the run ends before this step, because it is complete or was asked to stop; saves the state then."""
         if self.finished:
             return True
-        votes = torch.tensor([float(self.stop_event.is_set())], device=self.trainer.device)
+        votes = torch.tensor([float(self.stop_event.is_set())])        # on the CPU, so that no step waits for a GPU
         votes, = sum_over_processes([votes])         # so that all processes stop before the same step
         if votes == 0:
             return False

@@ -3,7 +3,7 @@ import io
 import json
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -28,6 +28,31 @@ SMALL = {
                          "--save-every 0.1 --precision fp32"}
 torch.set_num_threads(1)        # small models are not faster with more, and do not wait for a busy core
 SENTENCES = ["oil prices fall .", "the cat sat on the mat .", "he won the match today , said the coach .", "goal !"]
+
+HAS_GPU = torch.cuda.is_available()
+hidden = pytest.MonkeyPatch()
+
+
+def hide_gpu() -> None:
+    """Lets torch and child processes say that there is no GPU, so that results do not depend on the machine."""
+    hidden.setattr(torch.cuda, "is_available", lambda: False)
+    hidden.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+hide_gpu()                      # now, because fixtures of the session are made before the first test begins
+
+
+@pytest.fixture(autouse=True)
+def gpu_for_marked_tests(request) -> Iterator[None]:
+    """A test marked `cuda` sees the GPU, and is skipped if there is none."""
+    marked = request.node.get_closest_marker("cuda") is not None
+    if marked and not HAS_GPU:
+        pytest.skip("no CUDA device here")
+    if marked:
+        hidden.undo()
+    yield
+    if marked:
+        hide_gpu()
 
 
 # ------------------------------------------------------------------------------------------------- small models
