@@ -155,10 +155,7 @@ class BiLM(nn.Module):
         return [weight for weight in self.lstms(d).parameters() if weight.requires_grad]
 
     def represent(self, ids: Tensor, chars: Tensor | None = None) -> Tensor:
-        """(..., P) token representations, on the model's device, of ids (...) on the CPU.
-
-        chars: characters of all types, for the character network.
-        """
+        """(..., P) token representations of ids (...), which are on the CPU; chars: the characters of all types."""
         device = self.table.device
         if self.config.representation == "char":
             types, place = torch.unique(ids, return_inverse=True)           # each type goes through the network once
@@ -264,8 +261,7 @@ def score_batch(model: BiLM, encoded: Encoded, dtype: torch.dtype, details: bool
             place, gold = predicted_tokens(y[d])
             h = model.states(d, x[d])[-1].flatten(0, 1)[place.to(device)]       # (T, B, P) -> (N, P)
             scores = metrics.full_softmax_nll(h, gold.to(device), model.table, model.bias, details)
-            row_of_token = rows[place.numpy() % len(rows)]
-            directions.append((row_of_token, *(values.cpu().numpy() for values in scores)))
+            directions.append((rows[place.numpy() % len(rows)], *(values.cpu().numpy() for values in scores)))
     return directions
 
 
