@@ -17,6 +17,8 @@ import ELMO
 from data import sample
 from data.ag_news import read_csv
 from data.tasks import EncodedTexts, Part
+from run import figures
+from run.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"ELMO.py": ELMO, "classification.py": classification}
@@ -53,6 +55,18 @@ def gpu_for_marked_tests(request) -> Iterator[None]:
     yield
     if marked:
         hide_gpu()
+
+
+def save_empty(figure, path: Path) -> None:
+    """Takes the place of run.figures.save: an empty file, because drawing takes longer than a small run."""
+    write_atomically(path, lambda file: None)
+
+
+@pytest.fixture(autouse=True)
+def figures_are_empty(request, monkeypatch) -> None:
+    """Only tests marked `figures` draw; so does `whole`, because a fixture of the session is made before this one."""
+    if request.node.get_closest_marker("figures") is None:
+        monkeypatch.setattr(figures, "save", save_empty)
 
 
 # ------------------------------------------------------------------------------------------------- small models

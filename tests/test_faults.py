@@ -36,7 +36,7 @@ from torch.nn import Parameter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # run as `python tests/test_faults.py`
 
-from conftest import FILES, ROOT, SCRIPTS, arguments, files, refused
+from conftest import FILES, ROOT, SCRIPTS, arguments, files, refused, save_empty
 
 import classification
 import ELMO
@@ -101,6 +101,7 @@ def run_script(name: str, argv: list[str], log: Path, corpus: Path, before: Call
     os.environ["AG_NEWS_DIR"] = str(corpus)
     multiprocessing.set_start_method(None, force=True)      # the script's own locks and processes are as by default
     torch.set_num_threads(1)
+    figures.save = save_empty
     before()
     sys.exit(SCRIPTS[name].main(argv))
 

@@ -110,6 +110,7 @@ def test_few_labels_are_drawn_at_their_shares():
     assert "ELMo is right on 50.0 %, Word2Vec with 3 % on 60.0 %" in axes.get_title()
 
 
+@pytest.mark.figures
 def test_the_committed_figures_are_those_of_the_committed_json(project):
     folder = project / "models" / "figures"
     shutil.rmtree(folder)
