@@ -17,7 +17,7 @@ from matplotlib.image import imread
 from matplotlib.text import Text
 
 from report import build
-from report.figures import FINDINGS, few_labels
+from report.figures import FINDINGS, few_labels, similarity
 from run import figures
 from run.files import InputError
 
@@ -108,6 +108,21 @@ def test_few_labels_are_drawn_at_their_shares():
                         "systems": {"elmo": points, "word2vec": points}}).axes
     assert np.allclose(axes.lines[0].get_xydata(), [[1, 50], [3, 60], [100, 70]])
     assert "ELMo is right on 50.0 %, Word2Vec with 3 % on 60.0 %" in axes.get_title()
+
+
+def test_negative_cosines_have_colours_of_their_own_on_one_scale_for_all_layers():
+    layers = np.ones((3, 3, 3))
+    layers[2, 0, 1] = layers[2, 1, 0] = -0.5
+    layers[1, 0, 2] = layers[1, 2, 0] = -0.25
+    drawn = similarity({"tokens": ["bank", "of", "bank"], "layers": layers.tolist()})
+    panels = [axes.images[0] for axes in drawn.axes if axes.images]
+    assert len(panels) == 3
+    for image in panels:
+        assert image.get_clim() == (-0.5, 1)
+        assert len({image.to_rgba(cosine) for cosine in (-0.5, -0.25, 0.0, 0.5, 1.0)}) == 5
+    bar = drawn.axes[-1]
+    assert bar.get_ylim() == (-0.5, 1)
+    assert bar.get_ylabel() == "cosine similarity, -0.50 to 1"
 
 
 def test_the_committed_figures_are_those_of_the_committed_json(project):
