@@ -1,7 +1,9 @@
-"""Figures, README results, report and notebook show the numbers in models/*.json, and none is typed by hand."""
+"""Figures, README results, report and notebook show the numbers in models/*.json; the requirements name all packages."""
+import ast
 import json
 import re
 import shutil
+import sys
 import zlib
 from contextlib import suppress
 from functools import reduce
@@ -278,3 +280,40 @@ def test_the_notebook_runs_on_the_published_files_and_shows_what_it_shows_now(ag
 def test_what_is_committed_names_no_folder_of_a_machine():
     for part in [(REPORT / "explore.ipynb").read_bytes(), *unpacked((REPORT / "report.pdf").read_bytes())]:
         assert not re.search(rb"/(home|root|work|tmp|Users)/", part)
+
+
+# --------------------------------------------------------------------------------------------------- requirements
+OWN = {"ELMO", "classification", "conftest", "data", "report", "run"}
+OPTIONAL = {"wandb"}                                    # only for --track wandb, which names the package to install
+NOT_IMPORTED = {"ipykernel", "ruff", "tensorboard"}     # the notebook, make lint and torch.utils.tensorboard use them
+
+
+def imported(*folders: str) -> set[str]:
+    """The packages that the .py files of these folders import, as pip names them, without Python's and our own."""
+    found = set()
+    for folder in folders:
+        for path in (ROOT / folder).glob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Import):
+                    found |= {alias.name.split(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom):
+                    found.add(node.module.split(".")[0])
+    packages = found - set(sys.stdlib_module_names) - OWN - OPTIONAL
+    return {"scikit-learn" if package == "sklearn" else package for package in packages}
+
+
+def required(file: str) -> set[str]:
+    """The packages in a requirements file, in small letters. Each line must pin one version."""
+    lines = [line for line in (ROOT / file).read_text().splitlines() if not line.startswith("-r ")]
+    for line in lines:
+        assert re.fullmatch(r"[\w-]+==[\w.]+", line), f"{file}: {line}"
+    return {line.split("==")[0].lower() for line in lines}
+
+
+def test_the_requirements_are_the_packages_that_the_scripts_import():
+    assert imported(".", "data", "run") == required("requirements.txt")
+
+
+def test_the_further_requirements_are_what_report_and_tests_import_besides_and_three_tools():
+    further = imported("report", "tests") - required("requirements.txt")
+    assert required("requirements-dev.txt") == further | NOT_IMPORTED
