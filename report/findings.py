@@ -10,14 +10,15 @@ findings.json: bilm (digest), and for each finding its command, versions, machin
         word2vec, tfidf}: for each share {test, validation}, the accuracies of the seeds, each with rows of its own, the
         same ones for all systems; the last share is that of baselines.json
     mixes (tables 2 and 3): rows, seeds, epochs, variants.{name}: {validation, test: {mean, std}, s: of the first seed}
-    senses (section 5.3; the sense of a use is taken to be the class of its row): rule, pool, voters, uses, majority
-        (share of the uses that have the word's most frequent class in its pool), layers (share whose nearest use in
-        training rows has their class), votes (share that has the class for which the nearest uses vote by cosine),
-        interval (of the votes; 95 %, bootstrap over words), words.{word} and validation: the same for a word and for
-        validation rows; best: the layer with the best votes there. In layer 0 all uses are equally near: layers has
-        the expected share, votes the majority
+    senses (section 5.3; the sense of a use is taken to be the class of its row): rule, pool, voters, uses (number of
+        uses in test rows; a use counts only if the pool has a use in a training row that is no near copy of its row),
+        majority (share of the uses that have the word's most frequent class in its pool), layers (share whose nearest
+        use in training rows has their class), votes (share that has the class for which the nearest uses vote by
+        cosine), interval (of the votes; 95 %, bootstrap over words), words.{word} and validation: the same for a word
+        and for validation rows; best: the layer with the best votes there. In layer 0 all uses are equally near:
+        layers has the expected share, votes the majority
     neighbours (table 4): words [{word, static (nearest words by x), uses}], uses [{text, label, nearest,
-        nearest_label, cosine}]
+        nearest_label, cosine}]; here too, no nearest use is in a near copy
     weights (figure 2): tasks.{name}: s and gamma of each seed
     heatmap: text, tokens, layers: cosine similarity of every two words
     map: rows, x, y, labels, names: t-SNE of the documents' mean vectors; same: share of the rows whose nearest mean

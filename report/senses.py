@@ -114,20 +114,40 @@ def cosines(queries: Uses, pool: Uses, layer: int) -> np.ndarray:
 
 
 def nearest(queries: Uses, pool: Uses, similar: np.ndarray, count: int) -> list[list[int]]:
-    """For each query the numbers of the `count` nearest uses in the pool, near copies left out; similar: `cosines`."""
+    """For each query, the positions of its `count` nearest uses in the pool; similar: what `cosines` returns.
+
+    A use in a near copy of the query's row is never among them. So there can be fewer than `count`, or none.
+    """
     found = []
     orders = np.argsort(-similar).tolist()
     pool_tokens = [pool.tokens[row] for row in pool.rows]
     for row, order in zip(queries.rows, orders, strict=True):
         copied = set(ngrams(queries.tokens[row], COPIED_WORDS))
         originals = (i for i in order if copied.isdisjoint(ngrams(pool_tokens[i], COPIED_WORDS)))
-        found.append(list(islice(originals, count)) or order[:1])
+        found.append(list(islice(originals, count)))
+    return found
+
+
+def with_neighbours(uses: dict[str, tuple[Uses, Uses]]) -> dict[str, tuple[Uses, Uses]]:
+    """The words and queries whose pool has a use that is in no near copy of the query's row; the others are left out.
+
+    uses: {word: (queries, pool)}. Raises InputError if no query is left.
+    """
+    found = {}
+    for word, (queries, pool) in uses.items():
+        neighbours = nearest(queries, pool, cosines(queries, pool, layer=2), 1)
+        chosen = [i for i, neighbour in enumerate(neighbours) if neighbour]
+        if chosen:
+            found[word] = (queries.take(chosen), pool)
+    if not found:
+        raise InputError("every row with an ambiguous word is a near copy of training rows; there is no sense to find")
     return found
 
 
 def correct_classes(queries: Uses, pool: Uses, layer: int) -> np.ndarray:
     """(2, queries): whether the nearest use has the query's class, and whether the VOTERS nearest vote for it.
 
+    Every query must have a neighbour; `with_neighbours` leaves out those that have none.
     A vote counts as much as its cosine. In layer 0 all uses are equally near: the nearest has the query's class with
     the class's share in the pool, and the vote is for the most frequent class.
     """
@@ -148,11 +168,11 @@ def correct_classes(queries: Uses, pool: Uses, layer: int) -> np.ndarray:
 def sense_accuracy(uses: dict[str, tuple[Uses, Uses]]) -> dict:
     """How often a word's nearest uses have its class: words, uses, majority, layers, votes, interval of findings.json.
 
-    uses: {word: (queries, pool)}.
+    uses: {word: (queries, pool)}. Queries without a neighbour count nowhere, in no layer.
     """
     words = {}
     sums = []
-    for word, (queries, pool) in uses.items():
+    for word, (queries, pool) in with_neighbours(uses).items():
         by_layer = [correct_classes(queries, pool, layer) for layer in range(3)]
         correct = np.stack(by_layer)                                        # (3, 2, queries)
         layers, votes = correct.mean(axis=2).T.tolist()
@@ -172,15 +192,19 @@ def sense_accuracy(uses: dict[str, tuple[Uses, Uses]]) -> dict:
 def nearest_uses(uses: dict[str, tuple[Uses, Uses]], elmo: ELMo, task: Task, shown: int = 4) -> list[dict]:
     """`words` of the finding `neighbours`: the most evenly ambiguous words, with two uses of each.
 
-    The two uses stand in test rows of the word's two most frequent classes, the nearest ones in training rows.
+    The two uses are in test rows of the word's two most frequent classes, and their nearest uses in training rows that
+    are no near copies. A word whose counted uses all have one class has one use here.
     """
-    evenness = {word: entropy(np.bincount(queries.classes)) for word, (queries, _) in uses.items()}
+    counted = with_neighbours(uses)
+    evenness = {word: entropy(np.bincount(queries.classes)) for word, (queries, _) in counted.items()}
     table = F.normalize(elmo.model.table, dim=1)
     words = []
-    for word in sorted(uses, key=evenness.get, reverse=True)[:shown]:
-        queries, pool = uses[word]
+    for word in sorted(counted, key=evenness.get, reverse=True)[:shown]:
+        queries, pool = counted[word]
+        counts = np.bincount(queries.classes)
+        by_count = counts.argsort()[::-1]
         pairs = []
-        for label in np.bincount(queries.classes).argsort()[::-1][:2]:
+        for label in by_count[counts[by_count] > 0][:2]:
             use = queries.take(np.flatnonzero(queries.classes == label)[:1])
             near = pool.take(nearest(use, pool, cosines(use, pool, layer=2), 1)[0])
             pairs.append({

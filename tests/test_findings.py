@@ -85,6 +85,20 @@ def test_words_count_by_their_uses_and_near_uses_outvote_the_nearest():
     assert senses.correct_classes(*outvoted, 1).tolist() == [[False], [True]]
 
 
+COPIED = "a b c d e f g h"                                  # eight words: rows that share them are near copies
+
+
+def test_a_use_whose_only_neighbours_are_near_copies_counts_nowhere():
+    pool = uses([[1, 0], [1, 0]], [0, 0], [f"x {COPIED}", f"y {COPIED}"])
+    queries = uses([[1, 0], [0, 1]], [0, 1], [f"{COPIED} i", "other words"])
+    assert senses.nearest(queries, pool, senses.cosines(queries, pool, 1), 2) == [[], [0, 1]]
+    found = sense_accuracy({"word": (queries, pool), "copied": (queries.take([0]), pool)})
+    assert (found["uses"], list(found["words"])) == (1, ["word"])
+    assert found["layers"] == found["votes"] == [0, 0, 0]   # the one use that counts is of class 1, the pool of class 0
+    with pytest.raises(ELMO.InputError, match="near copy of training rows"):
+        sense_accuracy({"copied": (queries.take([0]), pool)})
+
+
 def task_of(texts: list[str]) -> Task:
     """A task of two classes in turn, all of whose parts have these texts."""
     part = Part([(text,) for text in texts], np.arange(len(texts)) % 2)
@@ -105,6 +119,13 @@ def test_neighbours_show_the_most_evenly_ambiguous_word_first_with_a_use_of_each
     table = normalize(elmo.model.table)
     order = (table @ table[elmo.words.index["cat"]]).argsort(descending=True)
     assert cat["static"] == [elmo.words.words[i] for i in order[1:7]]
+
+
+def test_neighbours_show_no_near_copy_and_leave_out_a_use_that_has_nothing_else(elmo):
+    pool = uses([[1, 0], [0, 1]], [0, 1], [f"x {COPIED}", f"y {COPIED}"])
+    queries = uses([[1, 0], [0, 1], [0.1, 1]], [0, 1, 1], [f"{COPIED} i", f"{COPIED} j", "other words"])
+    word, = senses.nearest_uses({"cat": (queries, pool)}, elmo, task_of(SENTENCES))
+    assert [(use["text"], use["nearest"]) for use in word["uses"]] == [(SENTENCES[2], SENTENCES[1])]
 
 
 # -------------------------------------------------------------------------------------------------- other findings
