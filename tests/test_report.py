@@ -1,4 +1,4 @@
-"""Figures, README results, report and notebook show the numbers in models/*.json; the requirements name all packages."""
+"""Figures, README, report and notebook show the numbers in models/*.json; the requirements name every package."""
 import ast
 import json
 import re
