@@ -1,4 +1,4 @@
-"""Figures of report/findings.py: each function takes the numbers `r` of one finding in findings.json."""
+"""Figures of report/findings.py. Each function draws one finding; `r` is its entry in findings.json."""
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ def findings(result: dict, out: Path) -> None:
 
 
 def leak_test(r: dict) -> Figure:
-    """How much each hidden state of one row moves if one word becomes another."""
+    """How much each hidden state of one row changes if one word is replaced by another."""
     example = r["example"]
     tokens = example["tokens"]
     figure = Figure(figsize=(7, 4.4))
@@ -68,7 +68,7 @@ def similarity(r: dict) -> Figure:
 
 
 def document_map(r: dict) -> Figure:
-    """Test rows in the plane, coloured by class."""
+    """The t-SNE map of test rows, coloured by class."""
     figure, axes = new_figure(6.2, 5)
     points = np.array([r["x"], r["y"]])                                 # (2, N)
     classes = np.array(r["labels"])
@@ -84,7 +84,7 @@ def document_map(r: dict) -> Figure:
 
 
 def layer_weights(r: dict) -> Figure:
-    """Layer weights s_0, s_1 and s_2 that each task learned: mean over seeds, and each seed as a dot."""
+    """Layer weights s_0, s_1 and s_2 that each task learned: bars are means over seeds, dots are single seeds."""
     figure, axes = new_figure(6.8, 3.8)
     tasks = {task: np.array(run["s"]) for task, run in r["tasks"].items()}      # each (seeds, 3)
     means = np.array([s.mean(axis=0) for s in tasks.values()])                  # (tasks, 3)
@@ -109,7 +109,7 @@ def layer_weights(r: dict) -> Figure:
 
 
 def sense_bars(r: dict) -> Figure:
-    """Share of uses whose class the nearest uses vote for, per layer, and the share by the nearest use only."""
+    """For each layer, the share of uses whose class is predicted by the nearest uses' vote, and by the nearest use."""
     figure, axes = new_figure(5.6, 3.8)
     votes = 100 * np.array(r["votes"])                                  # (3,)
     nearest = 100 * np.array(r["layers"])                               # (3,)
@@ -133,7 +133,7 @@ def sense_bars(r: dict) -> Figure:
 
 
 def few_labels(r: dict) -> Figure:
-    """Test accuracy by share of the labels: mean over seeds and their range, spaced by the log of the error."""
+    """Test accuracy by share of the labels: mean and range over seeds. The accuracy axis is the log of the error."""
     figure, axes = new_figure(6.4, 4)
     shares = r["shares"]
     means = {}
@@ -145,7 +145,7 @@ def few_labels(r: dict) -> Figure:
         ranges = [(test.min(), test.max()) for test in tests]
         plot_range(axes, shares, np.array(ranges), colour)
     axes.set_yscale("function", functions=(
-        lambda accuracy: -np.log10(np.maximum(100 - accuracy, 0.1)),        # by the logarithm of the error
+        lambda accuracy: -np.log10(np.maximum(100 - accuracy, 0.1)),    # as far from 0 % to 90 % as from 90 % to 99 %
         lambda height: 100 - 10 ** -height))
     low, high = axes.get_ylim()
     ticks = [tick for tick in ACCURACY_TICKS if low <= tick <= high]

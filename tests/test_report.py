@@ -225,7 +225,7 @@ def test_the_report_without_a_finding_says_which_one_is_missing(project, name):
 
 
 @pytest.mark.parametrize("name, keys, value, message", [
-    ("sst5", ["bilm"], "0" * 64, "sst5.json is of another biLM"),
+    ("sst5", ["bilm"], "0" * 64, "sst5.json was made with another biLM"),
     ("classification", ["settings", "trainable", "test", "ensemble", "accuracy"], 0.9,
      "findings.json is older than the runs beside it; run"),
     ("classification", ["settings", "trainable", "test", "accuracy", "mean"], 0.9,
