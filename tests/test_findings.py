@@ -163,7 +163,7 @@ def test_two_settings_are_compared_by_the_rows_that_only_one_of_them_predicts_ri
 def test_a_documents_nearest_neighbour_is_another_document(elmo):
     texts = [" ".join(words) for words in islice(combinations(elmo.words.words[4:], 3), 20)]
     inputs = inputs_of(elmo, texts)
-    inputs.task.test = Part([(text,) for text in texts * 2], np.repeat([0, 1], 20))     # equal texts have different classes
+    inputs.task.test = Part([(text,) for text in texts * 2], np.repeat([0, 1], 20))     # equal texts, other classes
     found = findings.document_map(inputs)
     assert found["same"] == found["same_static"] == 0
     assert found["rows"] == len(found["x"]) == len(found["y"]) == len(found["labels"]) == 40
@@ -232,14 +232,14 @@ def test_lambda_adds_the_gradient_of_lambda_times_the_squared_weights(layers):
     assert torch.allclose(gradients[1] - gradients[0], torch.tensor([1.0, -2.0, 4.0]), atol=1e-4)       # 2 w
 
 
-def test_the_fourth_layer_is_word2vec_filled_up_with_zeros(elmo):
+def test_the_fourth_layer_is_word2vec_padded_with_zeros(elmo):
     table = torch.randn(len(elmo.words), 7)
     encoded = elmo.encode(["oil prices fall ."])
     made = ELMoAndWord2Vec(elmo, StaticVectors(table))(encoded, np.arange(1), torch.float32)
     assert torch.equal(made[3, :, 0, :7], table[elmo.words.ids(["oil", "prices", "fall", "."])])
     assert not made[3, ..., 7:].any()
     assert torch.allclose(made[:3, :, 0], elmo.embed(["oil prices fall ."])[0], atol=1e-5)
-    with pytest.raises(ELMO.InputError, match="needs 300"):
+    with pytest.raises(ELMO.InputError, match="needs at least 300"):
         ELMoAndWord2Vec(elmo, StaticVectors(torch.zeros(len(elmo.words), STATIC)))
 
 
