@@ -118,7 +118,7 @@ def grammar() -> dict[str, list[tuple[float | np.ndarray, Sequence[str], str]]]:
 
 @cache
 def source() -> Source:
-    """The grammar's arcs. In a list of words, word k = 0, 1, .. has the weight 1 / (10 + k), so that no word is rare."""
+    """The grammar's arcs. In a list of words, word k = 0, 1, .. has the weight 1 / (10 + k), so no word is rare."""
     table = grammar()
     number = {name: k for k, name in enumerate([*table, "done"])}
     arcs = []

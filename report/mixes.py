@@ -74,7 +74,7 @@ class VariantMix(ScalarMix):
             self.w.register_hook(lambda gradient: gradient + 2 * variant.strength * self.w.detach())
 
     def forward(self, layers: Tensor) -> Tensor:
-        """(T, B, width): Word2Vec if the variant has it, then the mix once for each place (input, output) that reads it."""
+        """(T, B, width): Word2Vec if the variant has it, then the mix for the input, the output, or both."""
         mix = super().forward(layers[list(self.variant.layers)])                # (T, B, D)
         vectors = [layers[-1, ..., :STATIC]] if self.variant.word2vec else []
         return torch.cat(vectors + [mix] * (self.variant.elmo_input + self.variant.elmo_output), dim=-1)

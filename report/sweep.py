@@ -37,7 +37,7 @@ def trainers(config):
 
 
 def distribution(text: str, config) -> tuple[str, optuna.distributions.BaseDistribution]:
-    """(option, values) from NAME=LOW:HIGH, NAME=LOW:HIGH:log or NAME=A,B,C; InputError for others and for FIXED options."""
+    """(option, values) from NAME=LOW:HIGH, NAME=LOW:HIGH:log or NAME=A,B,C. InputError for others and FIXED options."""
     name, _, values = text.partition("=")
     kind = None if name in FIXED else type(getattr(config, name, None))
     try:
