@@ -104,7 +104,7 @@ def test_mcnemar_counts_the_rows_that_only_one_of_both_predicts_right():
 
 
 def test_the_linear_model_is_chosen_on_validation_rows_and_its_words_come_from_unlabelled_texts_too(monkeypatch):
-    monkeypatch.setattr(baselines, "LINEAR_MODELS", (("svm", 1.0), ("logistic", 1e-9)))     # the second: always one class
+    monkeypatch.setattr(baselines, "LINEAR_MODELS", (("svm", 1.0), ("logistic", 1e-9)))   # the second: one class
     corpus = ["good film", "good story", "bad film", "bad story", "fine plot", "fine plot"] * 3
     train = Part([(text,) for text in ["good film", *corpus[:4] * 3]], np.array([1, *[1, 1, 0, 0] * 3]))
     test = Part([("good plot",), ("bad plot",), ("good bad",)], np.array([1, 0, 1]))

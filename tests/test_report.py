@@ -230,7 +230,7 @@ def test_a_missing_finding_is_named(project, name):
      "findings.json is older than the runs beside it; run"),
     ("classification", ["settings", "trainable", "test", "accuracy", "mean"], 0.9,
      "baselines.json is older than the runs beside it; run")])
-def test_the_report_refuses_numbers_of_another_bilm_and_numbers_older_than_the_runs(project, name, keys, value, message):
+def test_the_report_refuses_numbers_of_another_bilm_or_older_than_the_runs(project, name, keys, value, message):
     change(project, name, *keys, value=value)
     with pytest.raises(InputError, match=re.escape(message)):
         build.pdf(project)
