@@ -13,7 +13,7 @@ NUMBERS = {"bilstm": "pretraining", "classifier": "classification"}     # JSON b
 
 
 def options_of_weights(config) -> dict:
-    """The options that decide the weights of a run. `precision` is no such option, since "auto" can mean two types."""
+    """The options that decide the weights, except precision: "auto" can mean two types, which `Run` compares."""
     others = ("precision", "log_every", "save_every", "track")
     return {name: value for name, value in asdict(config).items() if name not in others}
 
@@ -21,8 +21,8 @@ def options_of_weights(config) -> dict:
 class Publication:
     """The files of a run in OUT: `json`, its numbers; OUT/{name}.pt, its weights; until it has ended, `resume_file`.
 
-    options: out, resume and overwrite of the command line. Without --overwrite, InputError if OUT has these files of
-    another run: of one with other options at once, of one with other data in `finished`.
+    options: out, resume and overwrite of the command line. Without --overwrite, InputError if OUT has the files of
+    another run. Other options are found here, at once; other data or another biLM by `finished`, when they are read.
     """
 
     def __init__(self, name: str, config, options: Namespace):
@@ -47,9 +47,9 @@ class Publication:
                     raise InputError(f"{self.json} is of a run with {name} = {saved[name]}, not {value}; {ADVICE}")
 
     def finished(self, source: dict[str, str]) -> bool:
-        """Whether --resume has nothing left to do, because the JSON is of this run and there is no state to resume.
+        """True if --resume is given, but the run is complete: OUT has its JSON and no state to resume.
 
-        source: the digests of the run's data and biLM, by their keys in the JSON.
+        source: the digests of the run's data and biLM, by their keys in the JSON. Raises InputError if they are others.
         """
         if self.options.overwrite or not self.json.exists():
             return False

@@ -253,7 +253,7 @@ def test_a_resume_state_of_other_options_or_damaged_is_refused(builtin, tmp_path
     file.write_bytes(content)
     assert "does not match its digest" in refused("ELMO.py", argv, tmp_path)
     write_resume(file, trainer.identity(), {})
-    with pytest.raises(InputError, match="does not hold such a run"):
+    with pytest.raises(InputError, match="cannot be resumed"):
         Run(trainer, file, resume=True)
 
 
