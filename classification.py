@@ -174,7 +174,7 @@ class Head(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> "Head":
-        """Sets random weights; returns self. With the same seed, weights of one name and shape are equal in all heads."""
+        """Sets random weights; returns self. With one seed, weights of one name and shape are equal in all heads."""
         for name, weight in self.named_parameters():
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))    # one for each weight
             if name == "mix.w" and not weight.requires_grad:                # setting `frozen`

@@ -11,7 +11,7 @@
 Runs are stored in build/baselines, and a finished one is not trained again. They are compared with the settings in the
 classification.json of --out if it was made with the same biLM.
 
-baselines.json: command, versions, machine, minutes (of all runs), peak_memory_gb, config, bilm (digest),
+baselines.json: command, versions, machine, minutes (of all runs), peak_memory_gb, config, data and bilm (digests),
 rows.{name}: seeds, validation and test {mean, std} of the accuracy over seeds, fresh (the same on the fresh test rows),
     ensemble (test accuracy of the seeds' mean probabilities), minutes, each {validation, test} (accuracy of each seed;
     tfidf has no seeds), tried (only tfidf: validation accuracy by hyperparameters),
@@ -48,7 +48,7 @@ from run import machine
 from run.files import InputError, read_json, write_json
 from run.metrics import mcnemar, mean_and_std
 from run.options import script, script_arguments
-from run.publication import options_of_weights
+from run.publication import Publication, options_of_weights
 
 VECTORS = ("word2vec", "svd", "layer0", "layer2", "average", "untrained")
 STATIC_VECTORS = {"width": 300, "passes": 10, "window": 5, "negatives": 10}     # SVD has the same width and window
@@ -226,8 +226,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.stem != "classifier":
         raise InputError("baselines are only for --task ag_news with descriptions; leave out --fields, --adapt and "
                          "--finetune")
+    publication = Publication("baselines", config, options)
     elmo = ELMo.load(options.bilstm)
     task = read_task(config, elmo.config)
+    source = {"data": task.digest, "bilm": elmo.digest}
+    if publication.finished(source):
+        return 0
     begin = time.perf_counter()
     numbers, predicted = tfidf(task, count_words(task.corpus))
     numbers["minutes"] = (time.perf_counter() - begin) / 60
@@ -248,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         numbers["against"] = {other: mcnemar(correct[name], correct[other]) for other in COMPARED if other != name}
         print(f"{name:<12}{numbers['validation']['mean']:.2%} validation, {numbers['test']['mean']:.2%} test accuracy")
     about = machine.provenance(machine.find_device(), 60 * minutes)
-    write_json(options.out / "baselines.json", about | {"config": asdict(config), "bilm": elmo.digest, "rows": rows})
+    write_json(publication.json, about | {"config": asdict(config)} | source | {"rows": rows})
     return 0
 
 

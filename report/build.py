@@ -25,12 +25,12 @@ from run.files import InputError, one_line, read_json, read_text, write_atomical
 from run.options import script
 
 ROOT = Path(__file__).resolve().parent.parent
-CLASSIFICATIONS = ("classification", "finetuned", "titled", "sst5", "sst2", "nli")
+CLASSIFICATIONS = ("classification", "finetuned", "titled_finetuned", "adapted_sst5", "adapted_sst2", "adapted_nli")
 MADE_BY = {
     "pretraining": "python ELMO.py",
     "classification": "python classification.py --seeds 3",
-    **dict.fromkeys(("baselines", "finetuned", "titled"), "make train"),
-    **dict.fromkeys(("sst5", "sst2", "nli"), "make tasks"),
+    **dict.fromkeys(("baselines", "finetuned", "titled_finetuned"), "make train"),
+    **dict.fromkeys(("adapted_sst5", "adapted_sst2", "adapted_nli"), "make tasks"),
     **{name: f"make {name}" for name in ("findings", "bench", "faults")}}
 FINDINGS = {"heatmap", "labels", "leaks", "map", "mixes", "neighbours", "senses", "settings", "weights"}
 SETTINGS = ("trainable", "frozen", "function")
@@ -117,10 +117,10 @@ LINES = [                               # (name of a JSON file or finding, funct
     ("classification", partial(accuracy_line, "test accuracy on AG News, the biLM frozen")),
     ("baselines", baseline_line),
     ("finetuned", partial(accuracy_line, "AG News, the biLM fine-tuned")),
-    ("titled", partial(accuracy_line, "AG News with titles, the biLM fine-tuned")),
-    ("sst5", partial(accuracy_line, "SST, five classes, whole sentences")),
-    ("sst2", partial(accuracy_line, "SST, two classes")),
-    ("nli", partial(accuracy_line, "a subset of MultiNLI's evaluation rows")),
+    ("titled_finetuned", partial(accuracy_line, "AG News with titles, the biLM fine-tuned")),
+    ("adapted_sst5", partial(accuracy_line, "SST, five classes, whole sentences")),
+    ("adapted_sst2", partial(accuracy_line, "SST, two classes")),
+    ("adapted_nli", partial(accuracy_line, "a subset of MultiNLI's evaluation rows")),
     ("labels", labels_line),
     ("senses", senses_line),
     ("bench", partial(

@@ -68,8 +68,8 @@ SEEDS = {0.1: 5, 0.3: 5, 1.0: 5, 3.0: 5, 10.0: 2, 30.0: 1}      # {% of the trai
 PARTS = ("test", "validation")
 EVALUATIONS = 3                                                 # of each run, on validation rows
 RUNS = HERE / "build" / "findings"                              # finished runs of `labels`
-TASKS = {"classification": "AG News", "finetuned": "AG News, biLM fine-tuned", "sst5": "SST, 5 classes",
-         "sst2": "SST, 2 classes", "nli": "NLI"}
+TASKS = {"classification": "AG News", "finetuned": "AG News, biLM fine-tuned", "adapted_sst5": "SST, 5 classes",
+         "adapted_sst2": "SST, 2 classes", "adapted_nli": "NLI"}
 
 
 @dataclass(eq=False)

@@ -151,7 +151,7 @@ def test_the_results_in_the_readme_are_those_in_the_json_files():
 @pytest.mark.parametrize("name, keys, value, shown", [
     ("pretraining", ("splits", "test", "backward", "perplexity"), 33.349, ", 33.3;"),
     ("classification", ("settings", "frozen", "test", "accuracy"), {"mean": 0.12345, "std": 0.5}, "12.35 ± 50.00 %"),
-    ("sst2", ("settings", "function", "test", "accuracy"), {"mean": 0.2, "std": None}, "| 20.00 % |"),
+    ("adapted_sst2", ("settings", "function", "test", "accuracy"), {"mean": 0.2, "std": None}, "| 20.00 % |"),
     ("findings", ("senses", "votes"), [0.1, 0.2, 0.333], "33.3 %"),
     ("faults", ("kills", "survived"), 98, "; 98 |")])
 def test_a_changed_json_changes_the_results(project, name, keys, value, shown):
@@ -163,7 +163,7 @@ def test_a_changed_json_changes_the_results(project, name, keys, value, shown):
 def test_the_setting_in_the_results_is_the_best_on_validation_rows(project):
     for part, setting, mean in (("validation", "frozen", 0.9), ("validation", "function", 0.1),
                                 ("test", "frozen", 0.3), ("test", "function", 0.8)):
-        change(project, "nli", "settings", setting, part, "accuracy", value={"mean": mean, "std": None})
+        change(project, "adapted_nli", "settings", setting, part, "accuracy", value={"mean": mean, "std": None})
     assert "(setting `frozen`) | 30.00 %" in build.results(project / "models")
 
 
@@ -226,7 +226,7 @@ def test_a_missing_finding_is_named(project, name):
 
 
 @pytest.mark.parametrize("name, keys, value, message", [
-    ("sst5", ["bilm"], "0" * 64, "sst5.json was made with another biLM"),
+    ("adapted_sst5", ["bilm"], "0" * 64, "adapted_sst5.json was made with another biLM"),
     ("classification", ["settings", "trainable", "test", "ensemble", "accuracy"], 0.9,
      "findings.json is older than the runs beside it; run"),
     ("classification", ["settings", "trainable", "test", "accuracy", "mean"], 0.9,
