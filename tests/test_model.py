@@ -8,11 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SENTENCES, changed, encoded, tiny
+from pytest import approx
 from torch import Tensor, nn
 
 import ELMO
-from data.batches import Sampler, batches
+from data.batches import Sampler, batches, collate
 from data.text import BOS, EOS, PAD, UNK, Data
+from ELMO import BiLM, ELMo, Trainer, sampled_nll
 from run.files import InputError
 from run.machine import autocast, map_on_cores
 from run.metrics import full_softmax_nll
@@ -20,7 +22,12 @@ from run.optimization import Optimizers, check_loss, clip_gradients, group, lr_f
 
 CPU = torch.device("cpu")
 
-def slow_states(model: ELMO.BiLM, ids: list[int], d: int) -> list[Tensor]:
+
+def new_trainer(sentences: list[str], **options) -> Trainer:
+    """A trainer of a tiny model on the processor; every sentence is a training row."""
+    return Trainer(tiny(**options), encoded(sentences), CPU)
+
+def slow_states(model: BiLM, ids: list[int], d: int) -> list[Tensor]:
     """[h_0, h_1, h_2], each (n + 1, P): direction d read one word at a time by the equations of an LSTM cell."""
     stream = [BOS, *ids] if d == 0 else [EOS, *reversed(ids)]
     inputs = [model.table[i] for i in stream]
@@ -47,7 +54,7 @@ def slow_states(model: ELMO.BiLM, ids: list[int], d: int) -> list[Tensor]:
 # ---------------------------------------------------------------------------------------- leakage, alignment, padding
 def test_a_batch_has_inputs_and_targets_as_the_docstring_of_collate_shows():
     data = encoded(["oil falls", "a b c"])
-    x, y = ELMO.collate(data.encoded, np.array([0, 1]))
+    x, y = collate(data.encoded, np.array([0, 1]))
     oil = data.words.index["oil"]
     falls = data.words.index["falls"]
     assert x[0, :, 0].tolist() == [BOS, oil, falls, PAD]
@@ -75,7 +82,7 @@ def test_a_changed_word_moves_forward_states_from_it_on_and_backward_states_up_t
 
 @pytest.mark.parametrize("hidden", [12, 20])
 def test_vectors_equal_those_of_reading_one_word_at_a_time(hidden):
-    model = ELMO.ELMo.train(SENTENCES, tiny(hidden=hidden, width=12, epochs=1.0))
+    model = ELMo.train(SENTENCES, tiny(hidden=hidden, width=12, epochs=1.0))
     text = "the cat won the match ."
     ids = [model.words.index[word] for word in text.split()]
     vectors = model.embed([text])[0]
@@ -99,7 +106,7 @@ def test_a_text_has_the_same_vectors_by_itself_and_in_a_padded_batch(elmo):
     assert torch.allclose(in_reverse[-1], in_batch[0], atol=1e-5)
     one = elmo.score(["goal !"])["forward"]["nll"]
     three = elmo.score(["goal !"] * 3)["forward"]["nll"]
-    assert three == pytest.approx(3 * one, rel=1e-5)
+    assert three == approx(3 * one, rel=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------- the softmax
@@ -118,18 +125,18 @@ def test_scores_equal_the_sum_over_a_full_softmax_one_word_at_a_time(elmo, d, na
         nll -= math.log(probabilities[word - 1])
     found = elmo.score([text])[name]
     assert found["tokens"] == 6                                 # 5 words and an end
-    assert found["nll"] == pytest.approx(nll, rel=1e-5)
-    assert found["perplexity"] == pytest.approx(math.exp(nll / 6), rel=1e-5)
+    assert found["nll"] == approx(nll, rel=1e-5)
+    assert found["perplexity"] == approx(math.exp(nll / 6), rel=1e-5)
 
 
 def test_a_softmax_of_zeros_gives_every_word_the_same_probability():
-    model = ELMO.ELMo.train(SENTENCES, tiny(epochs=1.0))
+    model = ELMo.train(SENTENCES, tiny(epochs=1.0))
     model.model.table.zero_()
     model.model.bias.zero_()
     found = model.score(["the cat", ""])["backward"]
     words = len(model.words) - 1                                # all but <pad>
     assert found["tokens"] == 4
-    assert found["nll"] / 4 == pytest.approx(math.log(words), rel=1e-6)
+    assert found["nll"] / 4 == approx(math.log(words), rel=1e-6)
 
 
 def test_ranks_best_words_and_losses_are_those_of_logits_written_by_hand():
@@ -145,18 +152,18 @@ def test_ranks_best_words_and_losses_are_those_of_logits_written_by_hand():
     assert same_gold.tolist() == [3, 2, 4, 1]
     assert best.tolist() == [3, 3, 1, 1]
     assert rank.tolist() == [0, 1, 3, 0]                        # word 1 has the same logit as gold word 2: not higher
-    assert nll.exp().tolist() == pytest.approx([8 / 4, 8 / 2, 14 / 2, 14 / 5])
+    assert nll.exp().tolist() == approx([8 / 4, 8 / 2, 14 / 2, 14 / 5])
 
 
 def test_words_are_sampled_with_probabilities_worked_out_on_paper():
     counts = np.array([7, 0, 1, 16, 16])        # <pad> is never drawn, a word that was never seen counts once
     weights = np.array([0, 1, 1, 8, 8])         # 16 ** 0.75 = 8
     sampler = Sampler(counts, 2, seed=0)
-    assert sampler.pi == pytest.approx(weights / 9)             # they sum to 2
+    assert sampler.pi == approx(weights / 9)             # they sum to 2
     counts = np.array([7, 0, 1, 16, 16, 256])
     sampler = Sampler(counts, 3, seed=0)
-    assert sampler.pi == pytest.approx([0, 1 / 9, 1 / 9, 8 / 9, 8 / 9, 1])      # at most 1, although 256 ** 0.75 = 64
-    assert sampler.log_pi[1:].exp().tolist() == pytest.approx([1 / 9, 1 / 9, 8 / 9, 8 / 9, 1])
+    assert sampler.pi == approx([0, 1 / 9, 1 / 9, 8 / 9, 8 / 9, 1])      # at most 1, although 256 ** 0.75 = 64
+    assert sampler.log_pi[1:].exp().tolist() == approx([1 / 9, 1 / 9, 8 / 9, 8 / 9, 1])
 
 
 def sampler_of(draws: int) -> Sampler:
@@ -173,7 +180,7 @@ def test_sampled_words_are_distinct_never_padding_and_drawn_as_often_as_their_pr
     often = np.bincount(torch.cat(draws), minlength=60) / 4000
     assert np.abs(often - sampler.pi).max() < 1e-3
     assert often[PAD] == 0
-    assert often.sum() == pytest.approx(20)
+    assert often.sum() == approx(20)
     assert often[4] == 1                                        # the most frequent word is in every sample
     assert often[BOS] > 0
     assert often[EOS] > 0
@@ -198,7 +205,7 @@ def test_the_sampled_softmax_has_on_average_the_normalizer_of_the_full_one():
     mean = torch.zeros(3, dtype=torch.float64)
     for i in range(1000):
         sampled = sampler.draw((i + 0.5) / 1000)
-        nll = ELMO.sampled_nll(h, target, table, bias, sampled, sampler.log_pi[sampled])
+        nll = sampled_nll(h, target, table, bias, sampled, sampler.log_pi[sampled])
         mean += nll.exp() / 1000
     assert torch.allclose(mean, full.exp(), rtol=1e-2)
 
@@ -222,7 +229,7 @@ def test_the_sampled_softmax_and_its_gradients_equal_a_loop_over_words_and_with_
     assert np.isin(target, sampled).any(), "some targets are in the sample"
     fast = [torch.randn(size, requires_grad=True) for size in ((40, 5), (60, 5), (60, 1))]
     slow = [tensor.detach().clone().requires_grad_() for tensor in fast]
-    nll = ELMO.sampled_nll(*fast[:1], target, *fast[1:], sampled, sampler.log_pi[sampled])
+    nll = sampled_nll(*fast[:1], target, *fast[1:], sampled, sampler.log_pi[sampled])
     nll.sum().backward()
     h, table, bias = slow
     if draws == 10_000:
@@ -248,11 +255,11 @@ def test_sparse_and_dense_gradients_are_clipped_by_their_common_norm():
     (3 * rows).sum().backward()
     (2 * weight).sum().backward()
     norm = math.sqrt(2 * 6**2 + 2 * 3**2 + 3 * 2**2)            # row 1 was used twice
-    assert clip_gradients([table, weight], 1.0) == pytest.approx(norm)
-    assert table.grad.to_dense()[1].tolist() == pytest.approx([6 / norm, 6 / norm])
-    assert weight.grad.tolist() == pytest.approx([2 / norm] * 3)
-    assert clip_gradients([table, weight], 10.0) == pytest.approx(1.0)
-    assert weight.grad.tolist() == pytest.approx([2 / norm] * 3), "a small gradient stays as it is"
+    assert clip_gradients([table, weight], 1.0) == approx(norm)
+    assert table.grad.to_dense()[1].tolist() == approx([6 / norm, 6 / norm])
+    assert weight.grad.tolist() == approx([2 / norm] * 3)
+    assert clip_gradients([table, weight], 10.0) == approx(1.0)
+    assert weight.grad.tolist() == approx([2 / norm] * 3), "a small gradient stays as it is"
 
 
 @pytest.mark.parametrize("done, learns", [(0.2, False), (0.5, True), (0.6, True)])
@@ -264,9 +271,9 @@ def test_a_group_that_has_not_started_does_not_move_and_does_not_count_in_the_no
     optimizers.freeze(done)
     norm = clip_gradients([early, late], 1e9)
     optimizers.step(factor=1.0)
-    assert norm == pytest.approx(math.sqrt(2 * 9 + 2 * 16) if learns else math.sqrt(2 * 9))
-    assert early.tolist() == pytest.approx([0.9, 0.9])          # the first step of Adam is the learning rate
-    assert late.tolist() == pytest.approx([0.9, 0.9] if learns else [1.0, 1.0])
+    assert norm == approx(math.sqrt(2 * 9 + 2 * 16) if learns else math.sqrt(2 * 9))
+    assert early.tolist() == approx([0.9, 0.9])          # the first step of Adam is the learning rate
+    assert late.tolist() == approx([0.9, 0.9] if learns else [1.0, 1.0])
 
 
 def test_two_updates_of_both_optimizers_are_those_worked_out_on_paper():
@@ -281,8 +288,8 @@ def test_two_updates_of_both_optimizers_are_those_worked_out_on_paper():
         assert table.grad is None
     # Adam's means of g and of g * g are 1 and 1 after the first step, and 7/3 and 19/3 after the second
     second = (7 / 3) / math.sqrt(19 / 3)
-    assert weight.item() == pytest.approx(1 - 0.1 * 0.5 - 0.1 * 0.1 * second)
-    assert table[1].item() == pytest.approx(1 - 0.2 * 0.5 - 0.2 * 0.1 * second)
+    assert weight.item() == approx(1 - 0.1 * 0.5 - 0.1 * 0.1 * second)
+    assert table[1].item() == approx(1 - 0.2 * 0.5 - 0.2 * 0.1 * second)
     assert table[0].item() == 1, "a row that was not used does not move"
 
 
@@ -292,29 +299,29 @@ SHARES = {0: 1 / 30, 14: 15 / 30, 250: 0.85502, 500: 0.505, 750: 0.15498, 1000: 
 
 def test_the_learning_rate_rises_and_then_falls_as_a_cosine():
     for step, share in SHARES.items():
-        assert lr_factor(step, 1000) == pytest.approx(share, abs=1e-5)
+        assert lr_factor(step, 1000) == approx(share, abs=1e-5)
     shares = [lr_factor(step, 1000) for step in range(1001)]
     assert shares[:29] == sorted(shares[:29])
     assert shares[29:] == sorted(shares[29:], reverse=True)
-    assert max(shares) == pytest.approx(1, abs=0.01)
+    assert max(shares) == approx(1, abs=0.01)
 
 
 @pytest.mark.parametrize("step", [0, 14, 500, 750])
 def test_a_step_of_training_moves_weights_by_the_learning_rate_of_this_step(step):
-    trainer = ELMO.Trainer(tiny(lr=0.01, table_lr=0.03), encoded(SENTENCES * 5), CPU)
+    trainer = new_trainer(SENTENCES * 5, lr=0.01, table_lr=0.03)
     trainer.steps = 1000
     before = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
     trainer.step(step)
     for name, peak in {"forward_lstms.0.weight_ih_l0": 0.01, "backward_lstms.1.weight_hh_l0": 0.01, "table": 0.03,
                        "bias": 0.03}.items():
         moved = (trainer.model.get_parameter(name) - before[name]).abs().max().item()
-        assert moved == pytest.approx(peak * SHARES[step], rel=0.01), name      # the first update of Adam
+        assert moved == approx(peak * SHARES[step], rel=0.01), name      # the first update of Adam
 
 
 def test_weight_decay_moves_dense_weights_towards_zero_and_no_word():
     weights = []
     for weight_decay in (0.0, 5.0):
-        trainer = ELMO.Trainer(tiny(lr=0.01, weight_decay=weight_decay), encoded(SENTENCES * 5), CPU)
+        trainer = new_trainer(SENTENCES * 5, lr=0.01, weight_decay=weight_decay)
         trainer.steps = 1000
         before = trainer.model.lstms(0)[0].weight_ih_l0.detach().clone()
         trainer.step(500)
@@ -338,17 +345,17 @@ def test_a_loss_above_50_per_token_or_a_number_that_is_not_finite_ends_the_run(l
 
 # -------------------------------------------------------------------------------------------------- training steps
 def test_an_untrained_model_scores_words_by_how_often_the_training_rows_have_them():
-    trainer = ELMO.Trainer(tiny(), encoded(["a a b"]), CPU)
+    trainer = new_trainer(["a a b"])
     trainer.model.table.data.zero_()                            # so that only the bias of the softmax counts
-    model = ELMO.ELMo(trainer.config, trainer.data.words, trainer.model)
+    model = ELMo(trainer.config, trainer.data.words, trainer.model)
     # counts: a 2, b 1, </s> 1, <s> 1; <unk> has none and counts one half; the sum is 5.5
     for name in ELMO.DIRECTIONS:
-        assert model.score(["a"])[name]["nll"] == pytest.approx(-math.log(2 / 5.5) - math.log(1 / 5.5), rel=1e-5)
-        assert model.score(["b c"])[name]["nll"] == pytest.approx(-math.log(1 / 5.5 * 0.5 / 5.5 * 1 / 5.5), rel=1e-5)
+        assert model.score(["a"])[name]["nll"] == approx(-math.log(2 / 5.5) - math.log(1 / 5.5), rel=1e-5)
+        assert model.score(["b c"])[name]["nll"] == approx(-math.log(1 / 5.5 * 0.5 / 5.5 * 1 / 5.5), rel=1e-5)
 
 
 def test_forget_gates_begin_open_and_all_other_biases_at_zero():
-    model = ELMO.BiLM(tiny(hidden=3, width=3), 10)
+    model = BiLM(tiny(hidden=3, width=3), 10)
     for d in range(2):
         for lstm in model.lstms(d):
             assert lstm.bias_ih_l0.tolist() == [0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 0, 0]     # gates i, f, g, o
@@ -356,7 +363,7 @@ def test_forget_gates_begin_open_and_all_other_biases_at_zero():
 
 
 def test_the_second_bias_of_an_lstm_stays_zero():
-    trainer = ELMO.Trainer(tiny(), encoded(SENTENCES * 5), CPU)
+    trainer = new_trainer(SENTENCES * 5)
     lstm = trainer.model.lstms(0)[0]
     before = lstm.bias_ih_l0.clone()
     trainer.step(0)
@@ -364,7 +371,7 @@ def test_the_second_bias_of_an_lstm_stays_zero():
     assert not lstm.bias_hh_l0.any()
 
 
-def gradients_of_update(trainer: ELMO.Trainer, step: int) -> dict[str, Tensor]:
+def gradients_of_update(trainer: Trainer, step: int) -> dict[str, Tensor]:
     """The gradients by which a step updates the weights, after clipping; the names of the weights are the keys."""
     found = {}
 
@@ -382,7 +389,7 @@ def gradients_of_update(trainer: ELMO.Trainer, step: int) -> dict[str, Tensor]:
 def test_the_gradients_of_a_step_equal_those_of_one_loss_over_both_directions(representation):
     config = tiny(representation=representation, negatives=1000, dropout=0.0, precision="fp32", clip=1e9)
     data = encoded(SENTENCES * 2, representation=representation)
-    trainer = ELMO.Trainer(config, data, CPU)
+    trainer = Trainer(config, data, CPU)
     model = trainer.model
     ids, y = trainer.batch(0)
     x = model.represent(ids, data.encoded.chars)
@@ -406,32 +413,32 @@ def test_the_gradients_of_a_step_equal_those_of_one_loss_over_both_directions(re
 
 
 def test_a_step_reports_the_summed_loss_and_the_predicted_tokens_of_both_directions():
-    trainer = ELMO.Trainer(tiny(negatives=1000, dropout=0.0, precision="fp32"), encoded(SENTENCES), CPU)
-    model = ELMO.ELMo(trainer.config, trainer.data.words, trainer.model)
+    trainer = new_trainer(SENTENCES, negatives=1000, dropout=0.0, precision="fp32")
+    model = ELMo(trainer.config, trainer.data.words, trainer.model)
     rows = trainer.batches[0]
     expected = model.score([SENTENCES[row] for row in rows])
     trainer.model.set_trainable()
     nll, _, targets = trainer.step(0)
-    assert float(nll) == pytest.approx(expected["forward"]["nll"] + expected["backward"]["nll"], rel=1e-4)
+    assert float(nll) == approx(expected["forward"]["nll"] + expected["backward"]["nll"], rel=1e-4)
     assert targets == expected["forward"]["tokens"] + expected["backward"]["tokens"]
 
 
 def test_the_gradient_of_all_weights_is_clipped_as_one():
-    trainer = ELMO.Trainer(tiny(clip=0.001), encoded(SENTENCES * 2), CPU)
+    trainer = new_trainer(SENTENCES * 2, clip=0.001)
     found = gradients_of_update(trainer, 0)
     assert found["table"].norm() > 0
     assert found["backward_lstms.0.weight_ih_l0"].norm() > 0
     everything = torch.cat([gradient.flatten() for gradient in found.values()])
-    assert everything.norm().item() == pytest.approx(0.001, rel=1e-4)
+    assert everything.norm().item() == approx(0.001, rel=1e-4)
 
 
 def test_a_training_step_moves_only_rows_of_its_batch_and_its_sampled_words():
     data = encoded(SENTENCES * 5)
-    trainer = ELMO.Trainer(tiny(negatives=2, batch_tokens=6), data, CPU)
+    trainer = Trainer(tiny(negatives=2, batch_tokens=6), data, CPU)
     before = trainer.model.table.clone()
     trainer.step(0)
     batch = trainer.data.train[trainer.batches[0]]
-    ids, _ = ELMO.collate(data.encoded, batch)
+    ids, _ = collate(data.encoded, batch)
     used = {BOS, EOS, *ids.flatten().tolist()}
     moved = (before != trainer.model.table).any(dim=1).nonzero()[:, 0]
     moved = set(moved.tolist())
@@ -440,7 +447,7 @@ def test_a_training_step_moves_only_rows_of_its_batch_and_its_sampled_words():
 
 
 # -------------------------------------------------------------------------------------------------------- dropout
-def lost_units(trainer: ELMO.Trainer, step: int) -> Tensor:
+def lost_units(trainer: Trainer, step: int) -> Tensor:
     """(3, 2, T, B, P) bool: the units of h_0, h_1 and h_2 of each direction that dropout removes in a step."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(7, 4, trainer.config.width, generator=generator)            # (T, B, P)
@@ -452,36 +459,36 @@ def lost_units(trainer: ELMO.Trainer, step: int) -> Tensor:
 
 
 def test_a_sentence_loses_the_same_units_at_every_position():
-    trainer = ELMO.Trainer(tiny(hidden=64, dropout=0.25), encoded(SENTENCES), CPU)
+    trainer = new_trainer(SENTENCES, hidden=64, dropout=0.25)
     lost = lost_units(trainer, 0)
     assert (lost == lost[:, :, :1]).all()
-    assert lost.float().mean().item() == pytest.approx(0.25, abs=0.05)
+    assert lost.float().mean().item() == approx(0.25, abs=0.05)
     units = lost[:, :, 0].flatten(0, 2)                         # (3 * 2 * B, P)
     assert len(units.unique(dim=0)) == 3 * 2 * 4, "layers, directions and sentences lose different units"
     assert not torch.equal(lost, lost_units(trainer, 1)), "another step loses others"
     assert torch.equal(lost, lost_units(trainer, 0))
 
 
-def test_dropout_keeps_the_expected_value_and_training_uses_it():
-    trainer = ELMO.Trainer(tiny(hidden=64, dropout=0.5, precision="fp32"), encoded(SENTENCES), CPU)
+def test_units_that_stay_are_scaled_so_that_dropout_does_not_change_the_expected_value_in_training():
+    trainer = new_trainer(SENTENCES, hidden=64, dropout=0.5, precision="fp32")
     read = []
     trainer.model.lstms(1)[0].register_forward_pre_hook(lambda lstm, inputs: read.append(inputs[0].detach()))
     ids, _ = trainer.batch(0)
     x = trainer.model.represent(ids)[1]
     trainer.step(0)
     factor = read[0] / x                                        # (T, B, P)
-    assert factor.unique().tolist() == pytest.approx([0.0, 2.0])
+    assert factor.unique().tolist() == approx([0.0, 2.0])
     assert (factor == factor[:1]).all()
 
 
 def test_word_dropout_removes_whole_words():
-    trainer = ELMO.Trainer(tiny(hidden=32, dropout=0.0, word_dropout=0.5), encoded(SENTENCES), CPU)
+    trainer = new_trainer(SENTENCES, hidden=32, dropout=0.0, word_dropout=0.5)
     forward, backward = trainer.masks(0, 50, 4)
     for mask in (forward[0], backward[0]):                      # (T, B, 1) or (T, B, P)
         words = mask.expand(50, 4, 32)
         assert (words == words[:, :, :1]).all()
         lost = words[:, :, 0] == 0                              # (T, B)
-        assert lost.float().mean().item() == pytest.approx(0.5, abs=0.15)
+        assert lost.float().mean().item() == approx(0.5, abs=0.15)
         assert len(lost.unique(dim=0)) > 4, "positions lose words independently of each other"
     assert not torch.equal(forward[0], backward[0])
 
@@ -512,7 +519,7 @@ def test_the_generator_shuffles_batches_and_rows_of_equal_length():
 
 def test_another_epoch_has_other_batches():
     texts = [f"word{i}" for i in range(40)]
-    trainer = ELMO.Trainer(tiny(batch_tokens=10), encoded(texts), CPU)
+    trainer = new_trainer(texts, batch_tokens=10)
     assert trainer.per_epoch == 8                               # 5 rows of 2 positions each
     epochs = []
     for epoch in range(2):
@@ -525,7 +532,7 @@ def test_another_epoch_has_other_batches():
     assert epochs[0] != epochs[1]
 
 
-class Rehearsed(ELMO.Trainer):
+class Rehearsed(Trainer):
     """A trainer whose steps only set the probabilities of <unk>, <s>, </s> and "a", by the bias of the softmax."""
     ROUNDS = ([0.1, 0.1, 0.4, 0.4], [0.1, 0.3, 0.3, 0.3], [0.7, 0.1, 0.1, 0.1])
 
@@ -541,28 +548,28 @@ def test_the_model_is_that_of_the_epoch_with_the_lowest_validation_loss_of_both_
     run = ELMO.train(trainer)
     perplexities = [entry["validation_perplexity"] for entry in run.history]
     # forward predicts a and </s>, backward a and <s>: 1 / sqrt(0.4 * 0.4) and 1 / sqrt(0.4 * 0.1) in the first epoch
-    assert perplexities[0] == pytest.approx([2.5, 5.0], rel=1e-4)
-    assert perplexities[1] == pytest.approx([10 / 3, 10 / 3], rel=1e-4)         # lower on the geometric mean
-    assert perplexities[2] == pytest.approx([10.0, 10.0], rel=1e-4)
-    found = ELMO.ELMo.from_run(run).score(["a"])
-    assert found["forward"]["perplexity"] == pytest.approx(10 / 3, rel=1e-2)    # rounded to half precision
-    assert found["backward"]["perplexity"] == pytest.approx(10 / 3, rel=1e-2)
+    assert perplexities[0] == approx([2.5, 5.0], rel=1e-4)
+    assert perplexities[1] == approx([10 / 3, 10 / 3], rel=1e-4)         # lower on the geometric mean
+    assert perplexities[2] == approx([10.0, 10.0], rel=1e-4)
+    found = ELMo.from_run(run).score(["a"])
+    assert found["forward"]["perplexity"] == approx(10 / 3, rel=1e-2)    # rounded to half precision
+    assert found["backward"]["perplexity"] == approx(10 / 3, rel=1e-2)
 
 
 def test_a_tenth_of_the_texts_is_for_validation_and_gives_no_words():
     texts = [f"word{i}" for i in range(40)]
-    model = ELMO.ELMo.train(texts, tiny(epochs=1.0))
+    model = ELMo.train(texts, tiny(epochs=1.0))
     assert len(model.words) == 4 + 36
     assert len(model.history) == 1
     assert "validation_perplexity" in model.history[0]
-    without = ELMO.ELMo.train(texts, tiny(epochs=1.0, validation=0))
+    without = ELMo.train(texts, tiny(epochs=1.0, validation=0))
     assert len(without.words) == 4 + 40
 
 
 # -------------------------------------------------------------------------------------------------- trained models
 def test_four_sentences_are_learned_by_heart():
     config = tiny(hidden=32, epochs=150.0, batch_tokens=100, negatives=1000, dropout=0.0)
-    scores = ELMO.ELMo.train(SENTENCES, config).score(SENTENCES)
+    scores = ELMo.train(SENTENCES, config).score(SENTENCES)
     assert scores["forward"]["perplexity"] < 1.5
     assert scores["backward"]["perplexity"] < 1.5
 
@@ -571,9 +578,9 @@ def test_four_sentences_are_learned_by_heart():
     {"representation": "char"}, {"representation": "word2vec"}, {"representation": "word2vec", "freeze_word2vec": True},
     {"hidden": 20, "width": 8}])
 def test_every_representation_trains_saves_embeds_and_scores(options, tmp_path):
-    model = ELMO.ELMo.train(SENTENCES * 4, tiny(**options, epochs=2.0))
+    model = ELMo.train(SENTENCES * 4, tiny(**options, epochs=2.0))
     model.save(tmp_path / "a.pt")
-    again = ELMO.ELMo.load(tmp_path / "a.pt")
+    again = ELMo.load(tmp_path / "a.pt")
     assert again.digest == model.digest
     assert again.score(SENTENCES) == model.score(SENTENCES)
     for found, expected in zip(again.embed(SENTENCES), model.embed(SENTENCES), strict=True):
@@ -587,17 +594,17 @@ def test_every_representation_trains_saves_embeds_and_scores(options, tmp_path):
 @pytest.mark.parametrize("freeze", [True, False])
 def test_word2vec_vectors_learn_unless_they_are_frozen(freeze):
     config = tiny(representation="word2vec", freeze_word2vec=freeze)
-    trainer = ELMO.Trainer(config, encoded(SENTENCES * 4), CPU)
+    trainer = Trainer(config, encoded(SENTENCES * 4), CPU)
     x = trainer.model.static if freeze else trainer.model.table
     before = x.detach().clone()
-    assert before[4:].std() == pytest.approx(0.05, rel=0.2)                     # without the special symbols
+    assert before[4:].std() == approx(0.05, rel=0.2)                     # without the special symbols
     ELMO.train(trainer)
     assert torch.equal(before, x) == freeze
 
 
 @pytest.mark.parametrize("representation, same", [("char", False), ("embedding", True)])
 def test_unseen_words_have_vectors_of_their_own_by_characters_and_share_one_otherwise(representation, same):
-    model = ELMO.ELMo.train(SENTENCES * 4, tiny(representation=representation, epochs=1.0))
+    model = ELMo.train(SENTENCES * 4, tiny(representation=representation, epochs=1.0))
     zebra, quagga = model.embed(["zebra", "quagga"])
     assert torch.equal(zebra, quagga) == same
 
@@ -680,7 +687,7 @@ def test_work_on_several_cores_is_done_once_and_in_order_and_its_errors_arrive(c
 
 def test_bf16_states_are_fp32_states_to_the_precision_of_bf16(elmo):
     texts = elmo.encode(SENTENCES)
-    ids, _ = ELMO.collate(texts, np.arange(4))
+    ids, _ = collate(texts, np.arange(4))
     lengths = torch.from_numpy(texts.lengths)
     with torch.no_grad():
         h32 = elmo.model.contextual(ids, lengths, None)[2]
@@ -691,7 +698,7 @@ def test_bf16_states_are_fp32_states_to_the_precision_of_bf16(elmo):
 
 def test_a_model_learns_in_bf16():
     config = tiny(hidden=32, epochs=150.0, batch_tokens=100, dropout=0.0, precision="bf16")
-    model = ELMO.ELMo.train(SENTENCES, config)
+    model = ELMo.train(SENTENCES, config)
     assert model.score(SENTENCES)["forward"]["perplexity"] < 1.6
 
 
@@ -705,7 +712,7 @@ def test_threads_do_not_share_a_cache_of_cast_weights():
 
 
 def test_texts_without_a_token_can_be_trained_on():
-    model = ELMO.ELMo.train([""] * 5, tiny(epochs=100.0))
+    model = ELMo.train([""] * 5, tiny(epochs=100.0))
     assert model.score([""])["forward"]["perplexity"] < 1.8     # each direction has learned its own end symbol
 
 
@@ -722,7 +729,7 @@ def test_texts_that_are_no_list_of_strings_are_refused(elmo):
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others():
     weights = []
     for seed in (0, 0, 1):
-        model = ELMO.ELMo.train(SENTENCES * 4, tiny(seed=seed, dropout=0.2, word_dropout=0.1))
+        model = ELMo.train(SENTENCES * 4, tiny(seed=seed, dropout=0.2, word_dropout=0.1))
         weights.append(model.model.state_dict())
     first, again, other = weights
     assert not changed(first, again)
@@ -732,7 +739,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_a_model_on_a_cuda_device_trains_and_embeds_as_on_the_processor():
-    on_gpu = ELMO.ELMo.train(SENTENCES, tiny(precision="fp32"), device="cuda")
-    on_cpu = ELMO.ELMo.train(SENTENCES, tiny(precision="fp32"), device="cpu")
+    on_gpu = ELMo.train(SENTENCES, tiny(precision="fp32"), device="cuda")
+    on_cpu = ELMo.train(SENTENCES, tiny(precision="fp32"), device="cpu")
     for found, expected in zip(on_gpu.embed(SENTENCES), on_cpu.embed(SENTENCES), strict=True):
         assert torch.allclose(found, expected, atol=1e-3)
