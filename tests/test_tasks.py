@@ -8,16 +8,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SENTENCES, arguments, changed, classifier, files, labelled, numbers, refused, tiny
+from pytest import approx
 
 import classification
 import ELMO
 from classification import SETTINGS, Classifier, Config, Head
 from data import sample
-from data.ag_news import read_ag_news, split
-from data.tasks import NLI_LABELS, ag_news_task, labelled_phrases, read_pairs, read_trees
+from data.ag_news import split
+from data.tasks import NLI_LABELS, EncodedTexts, Part, ag_news_task, labelled_phrases, read_pairs, read_trees
+from data.text import Data
 from run.checkpoint import read_published, write_published
 from run.files import InputError
-from run.metrics import classification_metrics, over_seeds, validation_numbers
+from run.metrics import (
+    Scores,
+    classification_metrics,
+    classification_numbers,
+    over_seeds,
+    validation_numbers,
+    word_confusion,
+    word_metrics,
+)
 
 TREES = ["(3 (2 It) (4 (2 's) (4 great)))", "(1 (2 A) (0 (0 bad) (2 film)))", "(2 (2 So) (2 so))",
          "(4 (3 Very) (4 good))"]
@@ -72,11 +82,21 @@ def test_pairs_are_read_by_tabs(tasks):
     assert part.labels.tolist() == [0, 1, 2] * 8
 
 
-def test_validation_rows_are_those_that_the_bilm_never_saw(builtin):
-    _, validation = split(300, 40, 7)               # of ELMO.py --rows 300 --validation 40 --seed 7
-    texts = read_ag_news("train").description.tolist()
+def test_the_first_texts_of_pairs_come_before_the_second_ones(elmo):
+    rows = [(0, ("oil", "the cat")), (1, ("goal !", "a b c")), (2, ("one two three four", "match"))]
+    part = EncodedTexts(Part.of(rows), elmo)
+    assert part.words.tolist() == [1, 2, 4, 2, 3, 1]
+    assert part.lengths.tolist() == [2, 3, 4]
+    sides, lengths = part.sides(np.array([2, 0]))
+    assert sides.tolist() == [2, 0, 5, 3]
+    assert lengths.tolist() == [4, 1, 1, 2]
+
+
+def test_validation_rows_are_those_that_the_bilm_never_saw(builtin, tmp_path):
+    data = Data.of_ag_news(ELMO.Config(rows=300, validation=40, seed=7), tmp_path)
+    texts, _ = data.texts
     task = ag_news_task("description", 40, 7, 300)
-    assert task.validation.texts == [(texts[i],) for i in validation]
+    assert task.validation.texts == [(texts[row],) for row in data.validation]
     assert len(task.train) == 560
     assert len(task.test) == 100
 
@@ -97,7 +117,7 @@ def test_every_task_runs_from_its_files_to_predictions(builtin, tasks, whole, bi
     text = ("the bank", "the court sued .") if clf.config.two_texts else "the bank sued ."
     prediction, = clf.predict([text])
     assert prediction["label"] in clf.labels
-    assert sum(prediction["probabilities"].values()) == pytest.approx(1)
+    assert sum(prediction["probabilities"].values()) == approx(1)
     known = bilm.words.words
     assert clf.elmo.words.words[:len(known)] == known
     assert ("great" in clf.elmo.words.words) == (stem == "adapted_sst5"), "an adapted biLM knows the words of its task"
@@ -116,17 +136,55 @@ def test_the_numbers_in_the_json_are_those_of_the_classifier_in_the_file(whole, 
         p = clf.probabilities(texts)
         correct = p.argmax(dim=1) == gold
         found = result[part]["seeds"][best]
-        assert found["accuracy"] == pytest.approx(correct.double().mean().item())
+        assert found["accuracy"] == approx(correct.double().mean().item())
         nll = F.nll_loss(p.log(), gold).item()
-        assert found["nll"] == pytest.approx(nll, rel=1e-4)
+        assert found["nll"] == approx(nll, rel=1e-4)
     on_validation = [seed["accuracy"] for seed in result["validation"]["seeds"]]
     assert on_validation[best] == max(on_validation)
     predictions = np.array(list(result["predictions"]), dtype=int)
     _, labels = parts["test"]
-    assert np.mean(predictions == labels) == pytest.approx(result["test"]["ensemble"]["accuracy"])
+    assert np.mean(predictions == labels) == approx(result["test"]["ensemble"]["accuracy"])
     if setting != "function":
         s = clf.head.mix.w.softmax(dim=0)
-        assert s.tolist() == pytest.approx(result["s"][best])
+        assert s.tolist() == approx(result["s"][best])
+
+
+class Rehearsed(classification.Trainer):
+    """A trainer whose steps only set the averaged weights: every head finds one class more probable than the others.
+
+    It is class 0 for the first seed and class 1 for the second one. The second evaluation has the lowest loss, because
+    its probabilities are nearly equal, as are the frequencies of the classes.
+    """
+
+    def step(self, step: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        bias = 0.0625 if step // self.interval == 1 else 4.0
+        for name, modules in self.model.items():
+            out = modules["head"].out
+            out.weight.data.zero_()
+            out.bias.data.zero_()
+            out.bias.data[int(name[-1])] = bias
+        return torch.zeros(()), torch.zeros(()), 1
+
+
+def test_a_run_measures_and_saves_the_weights_of_the_best_evaluation_and_the_best_seed(
+        builtin, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(classification, "Trainer", Rehearsed)
+    monkeypatch.setattr("run.figures.classification", lambda *arguments: None)
+    assert classification.main(arguments("classification.py", tmp_path, whole / "bilstm.pt")) == 0
+    result = numbers("classification", tmp_path)["settings"]["trainable"]
+    _, rows = split(600, 60, 0)
+    _, gold = labelled(builtin / "train.csv", rows)
+    shares = np.bincount(gold) / 60
+    assert result["best"] == shares[:2].argmax()
+    probability = math.exp(0.0625) / (math.exp(0.0625) + 3)
+    for c, seed in enumerate(result["validation"]["seeds"]):
+        nll = -shares[c] * math.log(probability) - (1 - shares[c]) * math.log((1 - probability) / 3)
+        assert seed["accuracy"] == approx(shares[c])
+        assert seed["nll"] == approx(nll, rel=1e-3)
+    saved = torch.load(tmp_path / "classifier.pt", weights_only=True)
+    expected = [0.0] * 4
+    expected[result["best"]] = 0.0625
+    assert saved["weights"]["trainable.out.bias"].tolist() == expected
 
 
 def test_the_frozen_weights_are_those_that_the_seed_draws(whole):
@@ -134,7 +192,7 @@ def test_the_frozen_weights_are_those_that_the_seed_draws(whole):
     assert frozen["gamma"] == [1, 1]
     for seed, s in enumerate(frozen["s"]):
         head = Head(Config(hidden=6), "frozen", 3, 24, 4).initialize(seed)
-        assert s == pytest.approx(head.mix.w.softmax(dim=0).tolist())
+        assert s == approx(head.mix.w.softmax(dim=0).tolist())
 
 
 def test_a_prediction_is_the_largest_probability_and_depends_on_no_other_text(whole):
@@ -230,16 +288,78 @@ def test_metrics_are_those_of_a_matrix_worked_out_on_paper():
     assert found["confusion"] == [[2, 1, 0], [1, 1, 0], [0, 1, 0]]
     assert found["accuracy"] == 3 / 6
     a, b, c = found["classes"].values()
-    assert list(a.values()) == pytest.approx([2 / 3, 2 / 3, 2 / 3, 3])      # precision, recall, f1, rows
-    assert list(b.values()) == pytest.approx([1 / 3, 1 / 2, 2 / 5, 2])
+    assert list(a.values()) == approx([2 / 3, 2 / 3, 2 / 3, 3])      # precision, recall, f1, rows
+    assert list(b.values()) == approx([1 / 3, 1 / 2, 2 / 5, 2])
     assert list(c.values()) == [0, 0, 0, 1]
-    assert found["macro_precision"] == pytest.approx(1 / 3)
-    assert found["macro_recall"] == pytest.approx(7 / 18)
-    assert found["macro_f1"] == pytest.approx((2 / 3 + 2 / 5) / 3)
+    assert found["macro_precision"] == approx(1 / 3)
+    assert found["macro_recall"] == approx(7 / 18)
+    assert found["macro_f1"] == approx((2 / 3 + 2 / 5) / 3)
     product = 0.5 * 0.8**2 * 0.1**3             # of the probabilities of the gold classes
-    assert found["nll"] == pytest.approx(-math.log(product) / 6)
+    assert found["nll"] == approx(-math.log(product) / 6)
     gap = 5 * 0.8 - 2                           # of a bin with 5 rows, of which 2 are right
-    assert found["calibration_error"] == pytest.approx((0.5 + gap) / 6)
+    assert found["calibration_error"] == approx((0.5 + gap) / 6)
+
+
+def test_metrics_of_words_are_those_worked_out_on_paper():
+    gold = np.array([4, 4, 4, 5, 6])
+    best = np.array([4, 4, 7, 5, 5])
+    rank = np.array([0, 0, 5, 0, 4])            # rank 4 is the fifth place
+    found = word_metrics(gold, best, rank)
+    assert found["accuracy"] == 3 / 5
+    assert found["top5_accuracy"] == 4 / 5
+    assert found["macro_precision"] == approx((2 / 2 + 1 / 2 + 0) / 3)
+    assert found["macro_recall"] == approx((2 / 3 + 1 / 1 + 0) / 3)
+    assert found["macro_f1"] == approx((4 / 5 + 2 / 3 + 0) / 3)
+    assert word_metrics(gold[:0], best[:0], rank[:0]) == {}
+
+
+def test_metrics_of_rows_are_sums_over_their_tokens():
+    row = np.array([7, 2, 7])                   # of each predicted token; the rows were asked for as 7, 2
+    gold = np.array([4, 4, 5])
+    best = np.array([4, 5, 5])
+    rank = np.array([0, 9, 0])
+    forward = (row, np.array([1.0, 4.0, 2.0]), gold, best, rank)
+    backward = (row, np.array([0.5, 1.0, 0.5]), gold, best, rank)
+    scores = Scores.of(np.array([7, 2]), np.array([2, 1]), [[forward, backward]])
+    assert scores.nll.tolist() == [[3.0, 4.0], [1.0, 1.0]]
+    assert scores.perplexity() == approx([math.exp(7 / 3), math.exp(2 / 3)])
+    every = scores.metrics()
+    assert every["rows"] == 2
+    assert every["tokens"] == 3
+    assert every["backward"]["nll"] == approx(2 / 3)
+    assert every["forward"]["accuracy"] == approx(2 / 3)
+    first = scores.metrics(np.array([True, False]))
+    assert first["rows"] == 1
+    assert first["tokens"] == 2
+    assert first["forward"]["perplexity"] == approx(math.exp(1.5))
+    assert first["forward"]["bits_per_token"] == approx(2.164043)       # 1.5 / 0.693147
+    assert first["forward"]["accuracy"] == 1
+    assert scores.totals()["forward"] == {"nll": 7.0, "tokens": 3, "perplexity": approx(math.exp(7 / 3))}
+
+
+def test_metrics_of_frequent_words_have_a_row_for_each_gold_word_and_one_for_all_others():
+    words = ["<pad>", "<unk>", "<s>", "</s>", "bank", "court", "judge"]
+    gold = np.array([4, 5, 5, 5])
+    best = np.array([5, 5, 6, 6])
+    found = word_confusion(gold, best, words)
+    assert found["words"] == ["court", "bank", "(other)"]       # the most frequent gold word comes first
+    assert found["counts"] == [[1, 0, 2], [1, 0, 0], [0, 0, 0]]
+
+
+def test_metrics_of_a_setting_choose_the_best_seed_by_validation_rows_and_predict_by_the_mean_of_the_seeds():
+    right = torch.tensor([[0.9, 0.1], [0.2, 0.8]])
+    unsure = torch.tensor([[0.6, 0.4], [0.6, 0.4]])
+    just_right = torch.tensor([[0.49, 0.51], [0.51, 0.49]])         # of the test rows, whose classes are 1 and 0
+    always_first = torch.tensor([[0.9, 0.1], [0.9, 0.1]])
+    p = {"train": {"frozen-0": right, "frozen-1": right},
+         "validation": {"frozen-0": unsure, "frozen-1": right},
+         "test": {"frozen-0": just_right, "frozen-1": always_first}}
+    gold = {"train": np.array([0, 1]), "validation": np.array([0, 1]), "test": np.array([1, 0])}
+    found = classification_numbers(p, gold, ["frozen-0", "frozen-1"], ["a", "b"], None)
+    assert [seed["accuracy"] for seed in found["test"]["seeds"]] == [1.0, 0.5]
+    assert [seed["accuracy"] for seed in found["validation"]["seeds"]] == [0.5, 1.0]
+    assert found["best"] == 1
+    assert found["predictions"] == "00"
 
 
 def test_metrics_over_seeds_have_means_and_an_ensemble_of_mean_probabilities():
@@ -253,8 +373,8 @@ def test_metrics_over_seeds_have_means_and_an_ensemble_of_mean_probabilities():
     assert found["accuracy"] == {"mean": 0.5, "std": 0.0}
     assert found["ensemble"]["accuracy"] == 1.0
     assert found["fresh"]["rows"] == 1
-    assert found["fresh"]["accuracy"] == pytest.approx({"mean": 0.5, "std": math.sqrt(0.5)})
+    assert found["fresh"]["accuracy"] == approx({"mean": 0.5, "std": math.sqrt(0.5)})
     heads = {"frozen-0": torch.tensor(one), "frozen-1": torch.tensor(other)}
     loss, numbers = validation_numbers(heads, torch.tensor(gold), ["frozen"])
-    assert loss == pytest.approx(-math.log(0.9 * 0.4 * 0.4 * 0.9) / 4)
+    assert loss == approx(-math.log(0.9 * 0.4 * 0.4 * 0.9) / 4)
     assert numbers["frozen"]["accuracy"] == [0.5, 0.5]
