@@ -47,13 +47,13 @@ def leak_test(r: dict) -> Figure:
 
 
 def similarity(r: dict) -> Figure:
-    """Cosine similarity of every pair of words of one sentence, one panel per layer."""
+    """Cosine similarity of every pair of words of one sentence, one panel per layer. The scale has all cosines, -1 to 1."""
     tokens = r["tokens"]
     layers = np.array(r["layers"])                                      # (3, T, T)
     figure = Figure(figsize=(10.2, 4), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
     for axes, values, name in zip(panels, layers, LAYER_NAMES, strict=True):
-        image = axes.imshow(values, cmap="cividis", vmin=0, vmax=1)
+        image = axes.imshow(values, cmap="RdBu_r", vmin=-1, vmax=1)
         axes.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=11)
         axes.set_yticks(range(len(tokens)), tokens, fontsize=11)
         axes.set_xlabel(name, fontsize=12)
@@ -62,7 +62,7 @@ def similarity(r: dict) -> Figure:
     cosine = layers[:, first, second]                                   # (3,)
     figure.suptitle(f"The two uses of “{word}” are the same vector in layer 0; "
                     f"their cosine is {cosine[1]:.2f} in layer 1 and {cosine[2]:.2f} in layer 2", fontsize=13)
-    figure.colorbar(image, ax=panels, shrink=0.7, label="cosine similarity")
+    figure.colorbar(image, ax=panels, shrink=0.7, label="cosine similarity\n(red: above 0, blue: below 0)")
     return figure
 
 

@@ -17,7 +17,7 @@ from matplotlib.image import imread
 from matplotlib.text import Text
 
 from report import build
-from report.figures import FINDINGS, few_labels
+from report.figures import FINDINGS, few_labels, similarity
 from run import figures
 from run.files import InputError
 
@@ -108,6 +108,19 @@ def test_few_labels_are_drawn_at_their_shares():
                         "systems": {"elmo": points, "word2vec": points}}).axes
     assert np.allclose(axes.lines[0].get_xydata(), [[1, 50], [3, 60], [100, 70]])
     assert "ELMo is right on 50.0 %, Word2Vec with 3 % on 60.0 %" in axes.get_title()
+
+
+def test_every_cosine_has_a_colour_of_its_own_and_the_colour_bar_shows_the_negative_ones():
+    cosines = [[1, -0.08, -1], [-0.08, 1, 0], [-1, 0, 1]]
+    figure = similarity({"tokens": ["a", "b", "b"], "layers": [cosines] * 3})
+    panel, *_, bar = figure.axes
+    image, = panel.images
+    colours = {cosine: tuple(image.to_rgba(cosine)) for cosine in (-1, -0.5, -0.08, 0, 0.08, 0.5, 1)}
+    assert len(set(colours.values())) == len(colours)
+    for cosine, (red, _, blue, _) in colours.items():
+        assert np.sign(round(red - blue, 1)) == np.sign(round(cosine, 1))               # red above 0, blue below
+    assert bar.get_ylim() == (-1, 1)
+    assert "blue: below 0" in bar.get_ylabel()
 
 
 def test_the_committed_figures_are_those_of_the_committed_json(project):
