@@ -11,13 +11,14 @@ findings.json: bilm (digest), and for each finding its command, versions, machin
         same ones for all systems; the last share is that of baselines.json
     mixes (tables 2 and 3): rows, seeds, epochs, variants.{name}: {validation, test: {mean, std}, s: of the first seed}
     senses (section 5.3; the sense of a use is taken to be the class of its row): rule, pool, voters, uses, majority
-        (share of the uses that have the word's most frequent class in its pool), layers (share whose nearest use in
-        training rows has their class), votes (share that has the class for which the nearest uses vote by cosine),
-        interval (of the votes; 95 %, bootstrap over words), words.{word} and validation: the same for a word and for
-        validation rows; best: the layer with the best votes there. In layer 0 all uses are equally near: layers has
-        the expected share, votes the majority
+        (share of the uses that have the word's most frequent class in its pool), layers (share of the uses whose
+        nearest neighbour has their class), votes (share whose class is the one for which the nearest neighbours vote,
+        weighted by cosine), interval (of the votes; 95 %, bootstrap over words), words.{word} and validation: the same
+        for a word and for validation rows; best: the layer with the best votes there. In layer 0 all uses are equally
+        near: layers has the expected share, votes the majority. A neighbour is a use of the word in a training row that
+        is no near copy (senses.COPIED_WORDS); a use that has no neighbour is in none of the numbers
     neighbours (table 4): words [{word, static (nearest words by x), uses}], uses [{text, label, nearest,
-        nearest_label, cosine}]
+        nearest_label, cosine}]: uses in test rows and their nearest neighbour, which is no near copy here either
     weights (figure 2): tasks.{name}: s and gamma of each seed
     heatmap: text, tokens, layers: cosine similarity of every two words
     map: rows, x, y, labels, names: t-SNE of the documents' mean vectors; same: share of the rows whose nearest mean

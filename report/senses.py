@@ -114,22 +114,40 @@ def cosines(queries: Uses, pool: Uses, layer: int) -> np.ndarray:
 
 
 def nearest(queries: Uses, pool: Uses, similar: np.ndarray, count: int) -> list[list[int]]:
-    """For each query the numbers of the `count` nearest uses in the pool, near copies left out; similar: `cosines`."""
+    """For each query the numbers of its `count` nearest neighbours, nearest first; similar: `cosines` of both.
+
+    A neighbour is a use in the pool whose row is no near copy of the query's row. A list is shorter if there are fewer,
+    and empty if there is none.
+    """
     found = []
     orders = np.argsort(-similar).tolist()
     pool_tokens = [pool.tokens[row] for row in pool.rows]
     for row, order in zip(queries.rows, orders, strict=True):
         copied = set(ngrams(queries.tokens[row], COPIED_WORDS))
         originals = (i for i in order if copied.isdisjoint(ngrams(pool_tokens[i], COPIED_WORDS)))
-        found.append(list(islice(originals, count)) or order[:1])
+        found.append(list(islice(originals, count)))
+    return found
+
+
+def with_neighbours(uses: dict[str, tuple[Uses, Uses]]) -> dict[str, tuple[Uses, Uses]]:
+    """`uses`, {word: (queries, pool)}, without queries that have no neighbour, and without words that have no query."""
+    found = {}
+    for word, (queries, pool) in uses.items():
+        any_order = np.zeros((len(queries.rows), len(pool.rows)))           # whether there is a neighbour, not which
+        neighbours = nearest(queries, pool, any_order, 1)
+        kept = [i for i, chosen in enumerate(neighbours) if chosen]
+        if kept:
+            found[word] = queries.take(kept), pool
+    if not found:
+        raise InputError("all training rows with an ambiguous word are near copies of the rows to measure")
     return found
 
 
 def correct_classes(queries: Uses, pool: Uses, layer: int) -> np.ndarray:
     """(2, queries): whether the nearest use has the query's class, and whether the VOTERS nearest vote for it.
 
-    A vote counts as much as its cosine. In layer 0 all uses are equally near: the nearest has the query's class with
-    the class's share in the pool, and the vote is for the most frequent class.
+    Every query must have a neighbour. The weight of a vote is the cosine. In layer 0 all uses are equally near: the
+    first number is the share of the pool's uses with the query's class, and the vote is for the most frequent class.
     """
     if layer == 0:
         expected = (pool.classes == queries.classes[:, None]).mean(axis=1)
@@ -148,11 +166,11 @@ def correct_classes(queries: Uses, pool: Uses, layer: int) -> np.ndarray:
 def sense_accuracy(uses: dict[str, tuple[Uses, Uses]]) -> dict:
     """How often a word's nearest uses have its class: words, uses, majority, layers, votes, interval of findings.json.
 
-    uses: {word: (queries, pool)}.
+    uses: {word: (queries, pool)}. Queries without a neighbour are not counted.
     """
     words = {}
     sums = []
-    for word, (queries, pool) in uses.items():
+    for word, (queries, pool) in with_neighbours(uses).items():
         by_layer = [correct_classes(queries, pool, layer) for layer in range(3)]
         correct = np.stack(by_layer)                                        # (3, 2, queries)
         layers, votes = correct.mean(axis=2).T.tolist()
@@ -172,15 +190,18 @@ def sense_accuracy(uses: dict[str, tuple[Uses, Uses]]) -> dict:
 def nearest_uses(uses: dict[str, tuple[Uses, Uses]], elmo: ELMo, task: Task, shown: int = 4) -> list[dict]:
     """`words` of the finding `neighbours`: the most evenly ambiguous words, with two uses of each.
 
-    The two uses stand in test rows of the word's two most frequent classes, the nearest ones in training rows.
+    The two uses stand in test rows of the word's two most frequent classes, the nearest ones in training rows. A use
+    without a neighbour is not shown.
     """
-    evenness = {word: entropy(np.bincount(queries.classes)) for word, (queries, _) in uses.items()}
+    measured = with_neighbours(uses)
+    evenness = {word: entropy(np.bincount(queries.classes)) for word, (queries, _) in measured.items()}
     table = F.normalize(elmo.model.table, dim=1)
     words = []
-    for word in sorted(uses, key=evenness.get, reverse=True)[:shown]:
-        queries, pool = uses[word]
+    for word in sorted(evenness, key=evenness.get, reverse=True)[:shown]:
+        queries, pool = measured[word]
+        counts = np.bincount(queries.classes)
         pairs = []
-        for label in np.bincount(queries.classes).argsort()[::-1][:2]:
+        for label in counts.argsort()[::-1][:min(2, np.count_nonzero(counts))]:
             use = queries.take(np.flatnonzero(queries.classes == label)[:1])
             near = pool.take(nearest(use, pool, cosines(use, pool, layer=2), 1)[0])
             pairs.append({

@@ -39,6 +39,22 @@ def test_the_nearest_use_has_the_largest_cosine_and_is_no_near_copy():
     assert found == [[1, 2], [2, 1]]                        # row 0 of the pool shares eight words with the first query
 
 
+COPY = "a b c d e f g h"                                    # eight words that a near copy shares with its original
+
+
+def test_a_use_that_has_only_near_copies_has_no_neighbour_and_is_in_no_count():
+    pool = uses([[1, 0], [0, 1]], [0, 1], [f"{COPY} x", f"y {COPY}"])
+    queries = uses([[1, 0], [1, 0]], [0, 1], [COPY, "the bank of the river"])
+    assert senses.nearest(queries, pool, senses.cosines(queries, pool, 1), 2) == [[], [0, 1]]
+    found = sense_accuracy({"word": (queries, pool), "other": (queries.take([0]), pool)})
+    assert list(found["words"]) == ["word"]                 # the only use of the other word has only near copies
+    assert found["uses"] == found["words"]["word"]["uses"] == 1
+    assert found["layers"] == [0.5, 0, 0]                   # with the first query it would be 0.5, 0.5, 0.5
+    assert found["votes"] == [0, 0, 0]
+    with pytest.raises(ELMO.InputError, match="near copies"):
+        sense_accuracy({"other": (queries.take([0]), pool)})
+
+
 def test_nouns_are_words_between_a_determiner_and_a_follower():
     tokens = ["the cat sat on the mat .".split(), "oil prices fall .".split(), "a cat of the mat ,".split()]
     assert senses.nouns(tokens) == {"cat", "mat"}           # "a cat of" is one of two uses of "cat", "the cat sat" none
@@ -105,6 +121,15 @@ def test_neighbours_show_the_most_evenly_ambiguous_word_first_with_a_use_of_each
     table = normalize(elmo.model.table)
     order = (table @ table[elmo.words.index["cat"]]).argsort(descending=True)
     assert cat["static"] == [elmo.words.words[i] for i in order[1:7]]
+
+
+def test_neighbours_show_no_use_that_has_only_near_copies(elmo):
+    pool = uses([[1, 0], [0, 1]], [0, 1], [f"{COPY} x", f"y {COPY}"])
+    first_is_copied = uses([[1, 0], [1, 0], [0, 1]], [0, 0, 1], [COPY, "the cat sat", COPY])
+    all_are_copied = uses([[1, 0], [0, 1]], [0, 1], [COPY, COPY])
+    cat, = senses.nearest_uses({"cat": (first_is_copied, pool), "oil": (all_are_copied, pool)}, elmo,
+                               task_of(SENTENCES))
+    assert [use["text"] for use in cat["uses"]] == [SENTENCES[1]]
 
 
 # -------------------------------------------------------------------------------------------------- other findings
