@@ -47,7 +47,7 @@ def leak_test(r: dict) -> Figure:
 
 
 def similarity(r: dict) -> Figure:
-    """Cosine similarity of every pair of words of one sentence, one panel per layer. The scale has all cosines, -1 to 1."""
+    """Cosine similarity of every pair of words of one sentence, one panel per layer, on a scale from -1 to 1."""
     tokens = r["tokens"]
     layers = np.array(r["layers"])                                      # (3, T, T)
     figure = Figure(figsize=(10.2, 4), layout="constrained")
