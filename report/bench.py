@@ -4,11 +4,14 @@
     python report/bench.py --quick                      shorter measures, 3 minutes
     python report/bench.py --hidden 96 --rows 9000      any option of ELMO.py, for the training that is measured
 
-OUT/bench.json has the median of three repeats of every number. All measures have a turn in each repeat, in the opposite
-order in the second one, after a warm-up that does not count. Ratios are taken within a repeat.
+OUT/bench.json has the median of three repeats of every number. In each repeat every measure has one turn; the second
+repeat takes them in the opposite order. A warm-up before the first repeat does not count. A ratio is computed in each
+repeat, from that repeat's two numbers, before the median is taken.
+
+Measured on the device that trains (machine.device), a GPU or the CPU:
     tokens_per_second: training by ELMO.py; targets of both directions, end symbols included, padding left out
     classification_rows_per_second: training by classification.py, nine heads on the frozen biLM
-    busy_tokens_per_second, busy_classification_rows_per_second: the same beside one process that is always busy
+    busy_tokens_per_second, busy_classification_rows_per_second: the same beside a process that keeps one core busy
     busy_over_idle_tokens, busy_over_idle_classification: the share of the idle speed that is left beside it
     common_loop_tokens_per_second, plain_loop_tokens_per_second: training by `common_loop` and `plain_loop` below
     times_common_loop, times_plain_loop: tokens_per_second over these
@@ -16,10 +19,13 @@ order in the second one, after a warm-up that does not count. Ratios are taken w
         largest_vocabulary_over_published: the time with 800k over that with 28k
     embed_fp32_per_second, embed_bf16_per_second: descriptions through `ELMo.embed_stream`
     predict_per_second: descriptions through `Classifier.predict`, in bf16 if it is fast
+Measured on the CPU (machine.cpu), also if a GPU trains:
     tokenize_rows_per_second: descriptions, into an empty cache; tokenize_open_seconds: opening that cache again
     startup_seconds: `python ELMO.py --help`
+    training_memory_gb: peak main memory of this process after its first training steps; peak_memory_gb: at the end,
+        after the steps with 800,000 words. Memory of a GPU is in neither
+Not measured:
     repeats [{number: value}, ..]; vocabulary (of the training), tokenized_rows, embedded_texts: sizes of the measures
-    training_memory_gb: peak of this process after its first training steps; peak_memory_gb: at the end (800,000 words)
     command, quick, config, versions, machine, minutes (of the bench), load_before: the load average at the start
 """
 import os
@@ -55,9 +61,10 @@ from run.options import script, script_arguments
 REPEATS = 3
 SIZES = {"10k": 10_000, "28k": 28_000, "100k": 100_000, "800k": 800_000}        # words of the vocabularies
 COMMON_WORDS = 14_000
-SECONDS = 14.0          # of a measure of training
+SECONDS = 14.0          # how long a measure of training takes
 QUICK_SECONDS = 2.0     # the same for --quick
-TEXTS = 1000            # embedded and classified
+READ_EVERY = 20         # training steps between two readings of the loss, each of which waits for a GPU
+TEXTS = 1000            # number of texts that are embedded and classified
 # `while True: pass`, but it ends if the bench is killed.
 BUSY = "import os, sys\nwhile os.getppid() == int(sys.argv[1]):\n    for _ in range(1_000_000): pass"
 RATIOS = {                                                  # name: (numerator, denominator)
@@ -70,7 +77,10 @@ RATIOS = {                                                  # name: (numerator, 
 
 # ------------------------------------------------------------------------------------------------ other loops
 class CommonModel(nn.Module):
-    """The models of public copies of the assignment: per direction two LSTM layers of 300 and an untied softmax."""
+    """The model that most public solutions of this assignment have.
+
+    Each direction has an embedding, two LSTM layers and a softmax of its own; all vectors have 300 numbers.
+    """
 
     def __init__(self):
         super().__init__()
@@ -86,7 +96,7 @@ class CommonModel(nn.Module):
 
 
 class PlainModel(ELMO.BiLM):
-    """ELMo's biLM with a dense gradient of the word table and the full softmax."""
+    """The biLM of ELMO.py with the full softmax and a dense gradient of the word table."""
 
     def nll(self, d: int, x: Tensor, y: Tensor) -> Tensor:
         """Summed nll of direction d; x and y (T, B)."""
@@ -100,29 +110,31 @@ class PlainModel(ELMO.BiLM):
 
 @dataclass
 class Loop:
-    """The usual training loop, with torch's own threads: one direction after the other, then one dense update."""
+    """The usual training loop: one direction after the other, then one dense update, with torch's default threads."""
     model: nn.Module
     optimizer: torch.optim.Optimizer
     encoded: Encoded
     batches: list[np.ndarray]
     device: torch.device
 
-    def step(self, number: int) -> tuple[float, int]:
+    def step(self, number: int) -> tuple[Tensor, int]:
         """One update; returns (summed nll, targets) of the batch."""
-        x, y = (ids.to(self.device) for ids in collate(self.encoded, self.batches[number % len(self.batches)]))
-        targets = int((y != PAD).sum())
-        total = 0.0
+        ids, gold = collate(self.encoded, self.batches[number % len(self.batches)])
+        targets = int((gold != PAD).sum())
+        x = ids.to(self.device)
+        y = gold.to(self.device)
+        total = torch.zeros((), device=self.device)
         for d in range(2):
             nll = self.model.nll(d, x[d], y[d])
             (nll / targets).backward()
-            total += nll.item()
+            total += nll.detach()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return total, targets
 
 
 def common_loop(config: ELMO.Config, data: Data, device: torch.device) -> Loop:
-    """How public copies train: fp32, Adam, 16 rows per batch in random order, words beyond 14,000 as <unk>."""
+    """How public solutions train: fp32, Adam, 16 rows per batch in random order, all but 14,000 words as <unk>."""
     model = CommonModel().to(device)
     order = np.random.default_rng(config.seed).permutation(data.train)
     rows = np.split(order, range(16, len(order), 16))
@@ -130,7 +142,7 @@ def common_loop(config: ELMO.Config, data: Data, device: torch.device) -> Loop:
 
 
 def plain_loop(config: ELMO.Config, data: Data, device: torch.device) -> Loop:
-    """The model, precision and batch size of ELMO.py with the full softmax and a dense AdamW for all weights."""
+    """The model, precision and batch size of ELMO.py, with the full softmax and dense AdamW for all weights."""
     model = PlainModel(config, len(data.words)).to(device)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     adamw = torch.optim.AdamW(weights, lr=config.lr, weight_decay=0.0, fused=True)
@@ -138,40 +150,40 @@ def plain_loop(config: ELMO.Config, data: Data, device: torch.device) -> Loop:
     return Loop(model, adamw, data.encoded, [data.train[part] for part in parts], device)
 
 
-class Resized(Data):
-    """Data with another vocabulary. Words that no row holds count once, so that they are sampled too."""
+def resized(data: Data, size: int) -> Data:
+    """The same rows with a vocabulary of `size` words.
 
-    def counts(self) -> np.ndarray:
-        """(V,) how often each word is a target, at least once."""
-        return np.maximum(super().counts(), 1)
-
-
-def resized(data: Data, size: int) -> Resized:
-    """The same rows with `size` words: the rarest words become <unk>, or words that no row holds are added."""
+    If there are more words, the rarest become <unk>. If there are fewer, words that are in no row are added.
+    """
     words = data.words.words[:size] + [f"extra{i}" for i in range(size - len(data.words))]
     lookup = np.where(data.encoded.lookup < size, data.encoded.lookup, UNK)
-    return Resized(Vocabulary(words), replace(data.encoded, lookup=lookup), data.train, data.validation)
+    return Data(Vocabulary(words), replace(data.encoded, lookup=lookup), data.train, data.validation)
 
 
 # -------------------------------------------------------------------------------------------------- measuring
 def training_speed(name: str, trainer, seconds: float) -> dict[str, float]:
-    """{name: targets or rows per second} of the steps 0, 1, 2, .., as many as take `seconds`."""
-    items = 0
+    """{name: tokens or rows per second} of the training steps 0, 1, 2, .. until `seconds` have passed.
+
+    A GPU computes while Python goes on; only reading a loss waits until all steps so far are done. Training itself
+    reads losses rarely, so here too they are read after every READ_EVERY steps, and after the last one.
+    """
+    total = 0
     begin = time.perf_counter()
     for number in count():
-        loss, *_, targets = trainer.step(number)
-        float(loss)                                 # waits for the device
-        items += targets
-        elapsed = time.perf_counter() - begin
-        if elapsed >= seconds:
-            return {name: items / elapsed}
+        loss, *_, items = trainer.step(number)
+        total += items
+        if number % READ_EVERY == READ_EVERY - 1 or time.perf_counter() - begin >= seconds:
+            float(loss)                             # waits for the device
+            elapsed = time.perf_counter() - begin
+            if elapsed >= seconds:
+                return {name: total / elapsed}
 
 
 def busy_training_speed(name: str, trainer, seconds: float) -> dict[str, float]:
-    """The same beside another process that keeps a core busy."""
+    """The same beside another process that keeps one CPU core busy."""
     with subprocess.Popen([sys.executable, "-c", BUSY, str(os.getpid())]) as process:
         try:
-            time.sleep(0.3)             # until it has started
+            time.sleep(0.3)             # the process has started by then
             return training_speed(f"busy_{name}", trainer, seconds)
         finally:
             process.kill()
@@ -184,33 +196,42 @@ def seconds_of(call: Callable) -> float:
     return time.perf_counter() - begin
 
 
+def finished_step(trainer, number: int) -> None:
+    """One training step, and the wait until the device has done it."""
+    loss, *_ = trainer.step(number)
+    float(loss)
+
+
 def step_seconds(trainers: dict[str, ELMO.Trainer], seconds: float) -> dict[str, float]:
-    """Mean seconds of a step for each trainer: the same steps, in turn and back, about `seconds` for each trainer."""
+    """Mean seconds of a step for each trainer, which takes about `seconds` per trainer.
+
+    All trainers do step 0, then all do step 1 in the opposite order, and so on. A step ends when the device is done.
+    """
     spent = dict.fromkeys(trainers, 0.0)
     names = list(trainers)
     for number in count():
         for name in names:
-            spent[name] += seconds_of(partial(trainers[name].step, number))
+            spent[name] += seconds_of(partial(finished_step, trainers[name], number))
         names.reverse()
         if number % 2 == 1 and sum(spent.values()) >= seconds * len(trainers):
             return {f"step_seconds_{name}": total / (number + 1) for name, total in spent.items()}
 
 
 def tokenizing(texts: list[str]) -> dict[str, float]:
-    """A first tokenization into an empty cache, and a second one, which only opens it."""
+    """The speed of tokenizing into an empty cache, and the seconds of doing so again, which only opens the cache."""
     with TemporaryDirectory() as cache:
         first, second = (seconds_of(partial(tokenize_texts, texts, Path(cache))) for _ in range(2))
     return {"tokenize_rows_per_second": len(texts) / first, "tokenize_open_seconds": second}
 
 
 def startup() -> dict[str, float]:
-    """A process that prints the help of ELMO.py."""
+    """The seconds of a process that prints the help of ELMO.py."""
     command = [sys.executable, str(ELMO.HERE / "ELMO.py"), "--help"]
     return {"startup_seconds": seconds_of(partial(subprocess.run, command, stdout=subprocess.DEVNULL, check=True))}
 
 
 def interleaved(measures: Sequence[Callable[[], dict]]) -> list[dict]:
-    """The numbers of each repeat. Every measure has its turn in each, so that a slow minute does not meet one alone."""
+    """The numbers of each repeat, in which every measure has one turn, so that a slow minute slows more than one."""
     repeats = [{} for _ in range(REPEATS)]
     for number, repeat in enumerate(repeats):
         for measure in measures if number % 2 == 0 else reversed(measures):
@@ -222,7 +243,7 @@ def interleaved(measures: Sequence[Callable[[], dict]]) -> list[dict]:
 
 
 def inference(classifier: classification.Classifier, texts: list[str]) -> dict[str, float]:
-    """Descriptions per second, embedded in two precisions and classified."""
+    """How many descriptions per second are embedded, in two precisions, and classified."""
     calls = {"embed_fp32_per_second": lambda: deque(classifier.elmo.embed_stream(texts, "fp32"), maxlen=0),
              "embed_bf16_per_second": lambda: deque(classifier.elmo.embed_stream(texts, "bf16"), maxlen=0),
              "predict_per_second": lambda: classifier.predict(texts, "auto")}
@@ -237,15 +258,15 @@ def bench(config: ELMO.Config, seconds: float) -> dict:
     data = Data.of_ag_news(config, CACHE)
     rows = data.texts[0] + data.texts[1]
     texts = data.texts[1][:TEXTS]
-    on_host = interleaved([partial(tokenizing, rows), startup])     # first, while there is little memory to fork
+    on_cpu = interleaved([partial(tokenizing, rows), startup])      # first: with much memory, a fork is slow
     trainers = {"tokens_per_second": ELMO.Trainer(config, data, device)}
     training_speed("warm-up", trainers["tokens_per_second"], seconds / 2)
     memory = peak_memory_gb()
-    heads = classification.Config(seeds=3)                          # nine, in three settings
+    heads = classification.Config(seeds=3)                          # nine heads: three settings, three seeds each
     part = EncodedTexts(ag_news_part(read_ag_news("train"), heads.fields), classifier.elmo, CACHE)
     trainers["classification_rows_per_second"] = classification.Trainer(
         heads, classification.ELMoVectors(classifier.elmo.model), {"train": part}, 4)
-    words = replace(data, encoded=replace(data.encoded, chars=None))        # word ids, whatever x is made from
+    words = replace(data, encoded=replace(data.encoded, chars=None))        # the other loops read word ids only
     trainers["common_loop_tokens_per_second"] = common_loop(config, words, device)
     trainers["plain_loop_tokens_per_second"] = plain_loop(config, words, device)
     sizes = {name: ELMO.Trainer(config, resized(data, size), device) for name, size in SIZES.items()}
@@ -257,7 +278,7 @@ def bench(config: ELMO.Config, seconds: float) -> dict:
             measures.append(partial(busy_training_speed, name, trainer, seconds))
     step_seconds(sizes, 0)                                          # warm-up
     inference(classifier, texts[:50])
-    repeats = [first | second for first, second in zip(on_host, interleaved(measures), strict=True)]
+    repeats = [first | second for first, second in zip(on_cpu, interleaved(measures), strict=True)]
     for repeat in repeats:
         repeat.update({name: repeat[above] / repeat[below] for name, (above, below) in RATIOS.items()})
     medians = {name: median(repeat[name] for repeat in repeats) for name in repeats[0]}
@@ -276,6 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result |= provenance(find_device(), time.perf_counter() - begin)
     result |= {"load_before": load, "quick": options.quick, "config": asdict(config)}
     write_json(options.out / "bench.json", result)
+    print(f"\nmedians of {REPEATS} repeats; `python report/bench.py --help` explains the names")
     for name in result["repeats"][0]:
         print(f"{name:<42}{result[name]:>14,.3f}")
     return 0
