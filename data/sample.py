@@ -10,7 +10,8 @@ subject's mate), and MODIFIER, the kind of noun phrase. A bag of words has both 
 separate a class from its mate. Many words are in several lists of NOUNS, and only their neighbours show which one is
 meant: civil court, indoor court; solar cell, federal cell.
 
-`python data/sample.py --out DIR --rows 8000` writes DIR/train.csv and DIR/test.csv; `--limits` prints what is known.
+`python data/sample.py --out DIR --rows 8000` writes DIR/train.csv and DIR/test.csv; `--limits` prints what a model
+can reach.
 """
 import argparse
 import json
@@ -29,8 +30,8 @@ from run.files import write_atomically
 from run.options import Parser, script
 
 CLASSES = 4
-SUBJECT = (0.95, 0.02, 0.015)       # share of clauses whose subject is of the own class, its mate, each of the others
-MODIFIER = (0.70, 0.20, 0.05)       # share of noun phrases of the own class, its mate, each of the others: weaker
+SUBJECT = (0.95, 0.02, 0.015)       # shares of clauses whose subject is of the own class, its mate, each of the others
+MODIFIER = (0.70, 0.20, 0.05)       # the same for noun phrases, which say less about the class
 CHUNK = 2_000       # rows that are drawn from one seed, so that row i is the same however many rows are drawn
 END = ""            # the end symbol, which a language model predicts as well
 
@@ -289,6 +290,7 @@ def write(folder: str | Path, rows: int, seed: int = 0, test_rows: int = 1_000) 
 
 
 def write_csv(path: Path, rows: Iterable[tuple[int, str, str]]) -> None:
+    """Writes rows of (class, title, description), the whole file or nothing."""
     lines = (f'"{label}","{title}","{description}"\n'.encode() for label, title, description in rows)
     write_atomically(path, lambda file: file.writelines(lines))
 
@@ -300,11 +302,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", metavar="DIR", help="folder for train.csv and test.csv")
     parser.add_argument("--rows", type=int, default=8_000, help="rows of train.csv (default %(default)s)")
     parser.add_argument("--test-rows", type=int, default=1_000, help="rows of test.csv (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
-    parser.add_argument("--limits", action="store_true", help="print entropy and best accuracies")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the rows (default %(default)s)")
+    parser.add_argument("--limits", action="store_true", help="print the best perplexity and accuracies possible")
     options = parser.parse_args(argv)
     if not (options.out or options.limits):
-        parser.error("say where to write with --out DIR, or ask for --limits")
+        parser.error("there is nothing to do; give --out DIR, --limits or both")
     if min(options.rows - 1, options.test_rows - 1, options.seed) < 0:
         parser.error("--rows and --test-rows must be at least 1, --seed at least 0")
     if options.out:

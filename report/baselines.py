@@ -8,15 +8,15 @@
 
     python report/baselines.py --seeds 3        80 minutes on two cores; takes the options of classification.py too
 
-The runs are in build/baselines, and a finished one is not trained again. They are compared with the settings in the
-classification.json of --out if that is of the same biLM.
+Each run is written to build/baselines; a finished run is not trained again. If --out has a classification.json of the
+same biLM, its settings are compared with the baselines.
 
 baselines.json: command, versions, machine, minutes (of all runs), peak_memory_gb, config, bilm (digest),
 rows.{name}: seeds, validation and test {mean, std} of the accuracy over the seeds, fresh (the same on the fresh test
     rows), ensemble (accuracy of the seeds' mean probabilities on test rows), minutes, each {validation, test}
     (accuracy of each seed; not for tfidf, which has none), tried (tfidf: validation accuracy by hyperparameters),
     against.{word2vec, tfidf, layer0}: `run.metrics.mcnemar` of the ensembles on test rows; p is not corrected for the
-        number of rows here
+        number of comparisons
 """
 import sys
 import time
@@ -84,7 +84,7 @@ class StaticVectors:
         self.device = table.device
 
     def __call__(self, encoded: Encoded, rows: np.ndarray, dtype: torch.dtype, run_both: Callable = map) -> Tensor:
-        ids, _ = collate(replace(encoded, chars=None), rows)                # without characters: ids of words
+        ids, _ = collate(replace(encoded, chars=None), rows)                # without chars, x holds word ids
         words = ids[0, 1:].to(self.device)                                  # (T, B), without <s>
         return F.embedding(words, self.table)[None].to(dtype)
 
@@ -107,7 +107,8 @@ def make_vectors(kind: str, config: Config, elmo: ELMo, task: Task):
 def static_vectors(kind: str, data: Data, seed: int, width: int = STATIC_VECTORS["width"]) -> np.ndarray:
     """(V, width) float32 of unit variance, one vector per word, from the training rows; kind: "word2vec" or "svd".
 
-    Word2Vec is skip-gram: it is slower than CBOW and clearly better if a validation row is the mean of its words.
+    Word2Vec is skip-gram. It is slower than CBOW, but clearly better on validation rows if a row is represented by the
+    mean of its words' vectors.
     """
     if kind == "svd":
         table = svd(data, width, seed)
@@ -120,9 +121,10 @@ def static_vectors(kind: str, data: Data, seed: int, width: int = STATIC_VECTORS
 
 
 def svd(data: Data, width: int, seed: int) -> np.ndarray:
-    """(V, width) float32 U sqrt(S), where U S V' is the truncated SVD of the words' positive mutual information.
+    """(V, width) float32 U sqrt(S), where U S V' is the truncated SVD of the positive PMI of word pairs.
 
-    PMI(w, c) = log(p(w, c) / (p(w) p(c))) over all pairs of words near each other (Levy, Goldberg and Dagan 2015).
+    PMI, pointwise mutual information, is log(p(w, c) / (p(w) p(c))) of two words w and c that stand near each other
+    (Levy, Goldberg and Dagan 2015).
     """
     counts = pair_counts(data)
     inverse = diags(1 / np.maximum(counts.sum(axis=1).A1, 1))
@@ -154,12 +156,12 @@ def texts_of(part: Part) -> list[str]:
 
 
 def count_words(corpus: Sequence[str]) -> dict[int, TfidfVectorizer]:
-    """{n: TF-IDF weights of all sequences of 1 to n words}, counted in all texts, labelled or not."""
+    """{n: TF-IDF vectorizer of all sequences of 1 to n words}, fitted to all texts, labelled or not."""
     return {n: TfidfVectorizer(ngram_range=(1, n), sublinear_tf=True, min_df=2).fit(corpus) for n in (1, 2)}
 
 
 def tfidf(task: Task, vectorizers: dict[int, TfidfVectorizer]) -> tuple[dict, np.ndarray]:
-    """(row, predictions on test rows) of the linear model that is best on validation rows, the last of equal ones."""
+    """(row, predictions on test rows) of the linear model that is best on validation rows; of equal ones, the last."""
     tried = {}
     for n, vectorizer in vectorizers.items():
         parts = (task.train, task.validation, task.test)
@@ -216,12 +218,13 @@ def train_head(kind: str, config: Config, options, elmo: ELMo, test_rows: int) -
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, 2 for an input that the user can fix, 130 after Ctrl-C."""
     config, options = script_arguments(argv, Config, "baselines.py", __doc__, HERE / "models", {
-        "--bilstm": {"metavar": "FILE", "type": Path, "default": HERE / "models" / "bilstm.pt", "help": "the biLM"},
+        "--bilstm": {"metavar": "FILE", "type": Path, "default": HERE / "models" / "bilstm.pt",
+                     "help": "file of the biLM (default models/bilstm.pt)"},
         "--build": {"metavar": "DIR", "type": Path, "default": HERE / "build" / "baselines",
                     "help": "folder of the runs (default build/baselines)"}})
     if config.stem != "classifier":
-        raise InputError("baselines are for ag_news by its descriptions, neither adapted nor fine-tuned; leave those "
-                         "options out")
+        raise InputError("baselines.py classifies AG News descriptions by vectors that do not learn; leave out --task, "
+                         "--fields, --adapt and --finetune")
     elmo = ELMo.load(options.bilstm)
     task = read_task(config, elmo.config)
     begin = time.perf_counter()

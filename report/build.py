@@ -60,12 +60,12 @@ def draw_figures(folder: Path) -> None:
 
 
 def mean_and_std(number: dict) -> str:
-    """"91.23 ± 0.10", in percent; only the mean if there is one seed. A tie goes up, as in the report."""
+    """"91.23 ± 0.10", in percent; only the mean if there is one seed. 91.225 becomes 91.23, as in the report."""
     return " ± ".join(f"{100 * share + 1e-9:.2f}" for share in number.values() if share is not None)
 
 
 def filled(what: str, number: str, r: dict) -> tuple[str, str, str]:
-    """(what, number, command) from two format strings and the JSON; so do the functions below."""
+    """(what, number, command) of a line, from two format strings and the JSON. The next functions return the same."""
     return what.format(**r), number.format(**r), r["command"]
 
 
@@ -78,7 +78,7 @@ def accuracy_line(what: str, r: dict) -> tuple[str, str, str]:
 
 
 def baseline_line(r: dict) -> tuple[str, str, str]:
-    """How far the settings are from Word2Vec under the same head: mean of the seeds, then ensemble and its test."""
+    """How many points the settings are above Word2Vec under the same head: mean of the seeds; ensemble and its p."""
     word2vec = r["rows"]["word2vec"]
     rows = [r["rows"][name] for name in SETTINGS]
     means = [f"{100 * (row['test']['mean'] - word2vec['test']['mean']):+.2f}" for row in rows]

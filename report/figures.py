@@ -25,7 +25,7 @@ def findings(result: dict, out: Path) -> None:
 
 
 def leak_test(r: dict) -> Figure:
-    """How much each hidden state of one row moves if one word becomes another."""
+    """How much each hidden state of one row changes if one word becomes another."""
     example = r["example"]
     tokens = example["tokens"]
     figure = Figure(figsize=(7, 4.4))
@@ -83,7 +83,7 @@ def document_map(r: dict) -> Figure:
 
 
 def layer_weights(r: dict) -> Figure:
-    """Layer weights s_0, s_1 and s_2 that each task learned: mean over seeds, and each seed as a dot."""
+    """The layer weights s_0, s_1 and s_2 that each task learned: a bar for the mean over seeds, a dot for each seed."""
     figure, axes = new_figure(6.8, 3.8)
     tasks = {task: np.array(run["s"]) for task, run in r["tasks"].items()}      # each (seeds, 3)
     means = np.array([s.mean(axis=0) for s in tasks.values()])                  # (tasks, 3)
@@ -108,7 +108,7 @@ def layer_weights(r: dict) -> Figure:
 
 
 def sense_bars(r: dict) -> Figure:
-    """Share of uses whose class the nearest uses vote for, per layer, and the share by the nearest use only."""
+    """By layer: how often the nearest uses of a word vote for the right class, and how often the nearest one has it."""
     figure, axes = new_figure(5.6, 3.8)
     votes = 100 * np.array(r["votes"])                                  # (3,)
     nearest = 100 * np.array(r["layers"])                               # (3,)
@@ -132,7 +132,7 @@ def sense_bars(r: dict) -> Figure:
 
 
 def few_labels(r: dict) -> Figure:
-    """Test accuracy by share of the labels: mean over seeds and their range, spaced by the log of the error."""
+    """Test accuracy by share of the labels: mean over seeds and their range, on a log scale of the error."""
     figure, axes = new_figure(6.4, 4)
     shares = r["shares"]
     means = {}
@@ -144,7 +144,7 @@ def few_labels(r: dict) -> Figure:
         ranges = [(test.min(), test.max()) for test in tests]
         plot_range(axes, shares, np.array(ranges), colour)
     axes.set_yscale("function", functions=(
-        lambda accuracy: -np.log10(np.maximum(100 - accuracy, 0.1)),        # by the logarithm of the error
+        lambda accuracy: -np.log10(np.maximum(100 - accuracy, 0.1)),        # log scale of the error
         lambda height: 100 - 10 ** -height))
     low, high = axes.get_ylim()
     ticks = [tick for tick in ACCURACY_TICKS if low <= tick <= high]

@@ -1,14 +1,14 @@
 """The paper's findings at the scale of AG News: one function each, models/findings.json, and their figures.
 
-    python report/findings.py                   all of them anew, under 90 minutes on two cores
-    python report/findings.py --resume          go on after a stop: finished findings, and runs of `labels`, stay
-    python report/findings.py --only senses     the named ones anew, the others as they are in the file
+    python report/findings.py                   make all findings, under 90 minutes on two cores
+    python report/findings.py --resume          continue after a stop; skips finished findings and runs of `labels`
+    python report/findings.py --only senses     make only these findings; the others stay in the file as they are
 
 findings.json: bilm (digest), and for each finding its command, versions, machine, minutes, peak_memory_gb and
     labels (figure 1 of the paper): static (baselines.STATIC_VECTORS), shares (% of the training rows), rows, chosen_on
         (validation rows that choose weights or, for tfidf, hyperparameters), measured (test rows), systems.{elmo,
-        word2vec, tfidf}: for each share {test, validation}, the accuracies of the seeds, each with rows of its own, the
-        same ones for all systems; the last share is that of baselines.json
+        word2vec, tfidf}: for each share {test, validation}, the accuracies of the seeds. Each seed draws rows of its
+        own, the same ones for all systems; the numbers for all rows are those of baselines.json
     mixes (tables 2 and 3): rows, seeds, epochs, variants.{name}: {validation, test: {mean, std}, s: of the first seed}
     senses (section 5.3; the sense of a use is taken to be the class of its row): rule, pool, voters, uses, majority
         (share of the uses that have the word's most frequent class in its pool), layers (share of the uses whose
@@ -65,7 +65,7 @@ from run.options import Parser, script
 
 SEEDS = {0.1: 5, 0.3: 5, 1.0: 5, 3.0: 5, 10.0: 2, 30.0: 1}      # {% of the training rows that have labels: seeds}
 PARTS = ("test", "validation")
-EVALUATIONS = 3                                                 # of a run, on the validation rows
+EVALUATIONS = 3                                                 # evaluations of a run on the validation rows
 RUNS = HERE / "build" / "findings"                              # finished runs of `labels`
 TASKS = {"classification": "AG News", "finetuned": "AG News, biLM fine-tuned", "sst5": "SST, 5 classes",
          "sst2": "SST, 2 classes", "nli": "NLI"}
@@ -75,7 +75,8 @@ TASKS = {"classification": "AG News", "finetuned": "AG News, biLM fine-tuned", "
 class Inputs:
     """What every finding starts from.
 
-    folder: of the published files. parts: all test rows, and `quarter`, the validation rows that choose the weights.
+    folder: where the published files are. quarter: every fourth validation row; these rows choose a run's weights.
+    parts: the texts of `quarter` as "validation" and of all test rows as "test".
     """
     folder: Path
     elmo: ELMo
@@ -93,11 +94,11 @@ class Inputs:
         return cls(folder, elmo, task, quarter, parts)
 
     def published(self, name: str) -> dict:
-        """A JSON of the folder; InputError if it is missing, damaged or of another biLM."""
+        """The content of a JSON file of the folder; InputError if it is missing, damaged or of another biLM."""
         path = self.folder / f"{name}.json"
         with read_json(path) as result:
             if result["bilm"] != self.elmo.digest:
-                raise InputError(f"{path} is of another biLM; make it anew first")
+                raise InputError(f"{path} is of another biLM; run its command again first")
         return result
 
     @cached_property
@@ -117,7 +118,7 @@ class Inputs:
 
     @cached_property
     def vectorizers(self) -> dict[int, TfidfVectorizer]:
-        """What `tfidf` needs."""
+        """The TF-IDF vectorizers that `tfidf` takes."""
         return count_words(self.task.corpus)
 
 
@@ -141,10 +142,10 @@ def accuracies(trainer: Trainer, texts: EncodedTexts) -> dict[str, list[float]]:
 
 
 def few_labels(inputs: Inputs, system: str, share: float, seed: int, recipe: str) -> dict:
-    """{"test", "validation"}: accuracy of one system with so many % of the labels, drawn by the seed; minutes.
+    """{"test", "validation"}: accuracy of one system with `share` % of the labels, drawn by the seed; minutes.
 
-    ELMo and Word2Vec have the same options, chosen on validation rows with 1 % of the labels. recipe: what a result on
-    disk depends on, beside the other arguments.
+    ELMo and Word2Vec have the same options, which were chosen on validation rows with 1 % of the labels. recipe: what
+    the result also depends on, so that a result on disk is reused only if it is the same.
     """
     begin = time.perf_counter()
     rows = round(len(inputs.task.train) * share / 100)
@@ -162,7 +163,7 @@ def few_labels(inputs: Inputs, system: str, share: float, seed: int, recipe: str
 
 
 def labels(inputs: Inputs) -> dict:
-    """Test accuracy of ELMo, Word2Vec and TF-IDF with few labelled rows; vectors and counts from all texts."""
+    """Test accuracy of ELMo, Word2Vec and TF-IDF with few labelled rows; vectors and counts are made from all texts."""
     total = len(inputs.task.train)
     recipe = (f"{inputs.elmo.digest} {total} rows {machine.versions()} {Config()} {EVALUATIONS} {STATIC_VECTORS} "
               f"{LINEAR_MODELS}")
@@ -185,7 +186,7 @@ def labels(inputs: Inputs) -> dict:
 
 
 def mixes(inputs: Inputs) -> dict:
-    """All layers against one, how free s is, where ELMo enters: trained side by side on a twentieth of the labels."""
+    """Compares single layers with all, values of lambda, and the places of ELMo in a head, with 5 % of the labels."""
     config = VariantConfig(rows=len(inputs.task.train) // 20, seeds=3, epochs=5.0)
     trainer = trained(config, ELMoAndWord2Vec(inputs.elmo, inputs.word2vec), inputs, VariantTrainer)
     found = {part: accuracies(trainer, texts) for part, texts in inputs.parts.items()}
@@ -200,8 +201,8 @@ def mixes(inputs: Inputs) -> dict:
 
 
 def senses(inputs: Inputs) -> dict:
-    """Senses in test rows, and in validation rows, by which the best layer is chosen."""
-    few = MIN_USES // 2                         # there are half as many validation rows
+    """Senses in test rows, and in validation rows, which choose the best layer."""
+    few = MIN_USES // 2                         # the test split has about twice as many rows
     validation = sense_accuracy(uses_by_word(inputs.elmo, inputs.task, "validation", inputs.train_tokens, few))
     return sense_accuracy(inputs.test_uses) | {
         "rule": RULE, "pool": POOL, "voters": VOTERS, "best": int(np.argmax(validation["votes"])),
@@ -224,7 +225,7 @@ def weights(inputs: Inputs) -> dict:
 
 
 def settings(inputs: Inputs) -> dict:
-    """Every two of the classifier's settings, by what their ensembles predict for the test rows."""
+    """Compares every two settings of the classifier by the predictions of their ensembles for the test rows."""
     correct = {}
     for name, numbers in inputs.published("classification")["settings"].items():
         correct[name] = np.array(list(numbers["predictions"]), dtype=int) == inputs.task.test.labels
@@ -260,7 +261,7 @@ def document_map(inputs: Inputs, rows: int = 2_000) -> dict:
 
 
 def leaks(inputs: Inputs, rows: int = 500) -> dict:
-    """What changes if one word of a row becomes another: no forward state before it, no backward state after it."""
+    """Changes one word of a row and counts the states that change, by direction and position."""
     elmo = inputs.elmo
     generator = np.random.default_rng(0)
     counts = dict.fromkeys(("rows", "changed", "moved_forward_before", "moved_backward_after"), 0)
@@ -271,9 +272,9 @@ def leaks(inputs: Inputs, rows: int = 500) -> dict:
         k = int(generator.integers(len(tokens)))
         other = [*tokens[:k], "microsoft" if "iraq" in tokens else "iraq", *tokens[k + 1:]]
         if any(elmo.tokenize(" ".join(words)) != words for words in (tokens, other)):
-            continue                            # tokens that would be cut in another way if spaces stood between them
-        before, = elmo.embed([" ".join(tokens)])                                # one by one: two rows of one product
-        after, = elmo.embed([" ".join(other)])                                  # may be rounded in two ways
+            continue                            # tokenized again, these tokens would be other ones
+        before, = elmo.embed([" ".join(tokens)])                                # two calls: two rows of one batch
+        after, = elmo.embed([" ".join(other)])                                  # may be rounded differently
         difference = (before - after).unflatten(2, (2, -1))                     # (3, n, 2, P): layer, word, direction
         moved = difference.ne(0).any(dim=3)                                     # (3, n, 2)
         counts["rows"] += 1
@@ -296,9 +297,11 @@ FINDINGS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, 2 for an input that the user can fix, 130 after Ctrl-C; finished findings stay in the file."""
     parser = Parser(prog="findings.py", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=Path, default=HERE / "models", help="folder of the published files and the JSON")
-    parser.add_argument("--only", default=",".join(FINDINGS), help="these findings, with commas between: %(default)s")
-    parser.add_argument("--resume", action="store_true", help="leave out what is finished for this biLM")
+    parser.add_argument("--out", type=Path, default=HERE / "models",
+                        help="folder of the published files and of findings.json (default models/)")
+    parser.add_argument("--only", default=",".join(FINDINGS),
+                        help="make these findings, separated by commas (default %(default)s)")
+    parser.add_argument("--resume", action="store_true", help="skip findings that are finished for this biLM")
     options = parser.parse_args(argv)
     wanted = options.only.split(",")
     for name in wanted:
@@ -311,7 +314,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with read_json(file) as earlier:
             if earlier["bilm"] == inputs.elmo.digest:
                 result = earlier
-    if not options.resume:          # what is made anew leaves the file first, so that --resume can go on after a stop
+    if not options.resume:          # the old findings leave the file now, so that --resume after a stop makes them
         result = {name: content for name, content in result.items() if name not in wanted}
         write_json(file, result)
         if "labels" in wanted:

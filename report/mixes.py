@@ -1,4 +1,4 @@
-"""Heads that read other mixes than those of classification.py: fewer layers, pulled weights, Word2Vec beside ELMo.
+"""Heads that read other mixes than those of classification.py: single layers, regularized weights, Word2Vec too.
 
 For the finding `mixes` of report/findings.py (tables 2 and 3 of the paper). Shapes as in classification.py.
 """
@@ -21,9 +21,9 @@ STATIC = STATIC_VECTORS["width"]
 
 @dataclass(frozen=True)
 class Variant:
-    """What a head of `mixes` reads: a mix of some layers and Word2Vec, and where.
+    """What a head of `mixes` reads (a mix of some layers, Word2Vec, or both) and at which places.
 
-    strength: lambda of the paper's section 3.2; lambda |w|^2 is added to the loss, which draws s to the plain average.
+    strength: lambda of the paper's section 3.2; the loss has a term lambda |w|^2, which draws s to the plain average.
     """
     layers: tuple[int, ...] = (0, 1, 2)
     strength: float = 0.0
@@ -53,7 +53,7 @@ class ELMoAndWord2Vec(ELMoVectors):
         super().__init__(elmo.model)
         self.word2vec = word2vec
         if self.width < word2vec.width:
-            raise InputError(f"the biLM's vectors have {self.width} numbers; `mixes` needs {word2vec.width}")
+            raise InputError(f"the biLM's vectors have {self.width} numbers; `mixes` needs {word2vec.width} or more")
 
     def __call__(self, encoded: Encoded, rows: np.ndarray, dtype: torch.dtype, run_both: Callable = map) -> Tensor:
         layers = super().__call__(encoded, rows, dtype, run_both)               # (3, T, B, D)
@@ -86,11 +86,11 @@ class VariantHead(Head):
 
     def __init__(self, config: Config, name: str, layers: int, width: int, classes: int):
         variant = VARIANTS[name]
-        self.read_width = variant.word2vec * STATIC + variant.elmo_input * width            # of what the LSTM reads
+        self.read_width = variant.word2vec * STATIC + variant.elmo_input * width        # width of what the LSTM reads
         super().__init__(config, "trainable", len(variant.layers), self.read_width, classes)
         self.mix = VariantMix(variant)
         if variant.elmo_output:
-            self.width += width                                 # of the dropout mask, which covers both places
+            self.width += width                                 # width of the dropout mask, which covers both places
             self.text_width += 6 * width
             self.attention = nn.Linear(config.hidden + width, 1)
             self.out = nn.Linear(self.text_width, classes)

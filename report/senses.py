@@ -24,14 +24,14 @@ DETERMINERS = frozenset("the a an its his her their our this that these those".s
 FOLLOWERS = frozenset(", . ; : ) of in on at for to from by with and or as is was are were has had have will would "
                       "that which who when while after before".split())
 NOUN_SHARE = 0.15       # smallest share of a noun's uses that stand between a determiner and a follower
-MIN_USES = 20           # of an ambiguous word in test rows
-MAX_SHARE = 0.7         # of these uses that one class may have
+MIN_USES = 20           # smallest number of an ambiguous word's uses in test rows
+MAX_SHARE = 0.7         # largest share of these uses that one class may have
 RULE = ("words that follow a determiner and stand before a preposition, an auxiliary, a conjunction or a sign in at "
         f"least {NOUN_SHARE:.0%} of their uses in training rows (nouns), with at least {MIN_USES} uses in test rows, "
         f"none of whose classes has more than {MAX_SHARE:.0%} of these")
-POOL = 800              # uses of a word in training rows in which the nearest are sought
-VOTERS = 10             # nearest uses that vote
-COPIED_WORDS = 8        # rows that share so many words in a row are near copies, whose class proves nothing
+POOL = 800              # largest number of a word's uses in training rows that are searched
+VOTERS = 10             # number of nearest uses that vote
+COPIED_WORDS = 8        # two rows are near copies if they share this many consecutive words
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Uses:
 
 
 def nouns(tokens: list[list[str]]) -> set[str]:
-    """Words that stand where nouns stand often enough, by RULE; there is no tagger and no lexicon."""
+    """The nouns: words that stand where nouns stand often enough, by RULE, without a tagger or a lexicon."""
     seen = Counter()
     like_nouns = Counter()
     for row in tokens:
@@ -60,7 +60,7 @@ def nouns(tokens: list[list[str]]) -> set[str]:
 
 
 def ambiguous(words: set[str], tokens: list[list[str]], classes: np.ndarray, min_uses: int) -> list[str]:
-    """The words that rows of these tokens and classes use often enough and in several classes, by RULE; sorted."""
+    """Those of `words` that are ambiguous by RULE, sorted; tokens and classes: of the rows that use them."""
     every_token = pd.Series(tokens, index=classes).explode()
     found = every_token[every_token.isin(words)]
     counts = pd.crosstab(found, found.index)                                # words by classes
@@ -71,7 +71,10 @@ def ambiguous(words: set[str], tokens: list[list[str]], classes: np.ndarray, min
 
 def find_uses(elmo: ELMo, part: Part, tokens: list[list[str]], words: Sequence[str],
               max_uses: float = math.inf) -> dict[str, Uses]:
-    """{word: its uses in a part's rows, the first `max_uses` in a random order of the rows}; tokens: of each row."""
+    """{word: its uses in a part's rows}, those of randomly drawn rows if a word has more than `max_uses`.
+
+    tokens: of each row.
+    """
     counts = dict.fromkeys(words, 0)
     places = defaultdict(list)                                              # of a row: (word, position)
     for row in np.random.default_rng(0).permutation(len(tokens)).tolist():
@@ -164,7 +167,7 @@ def correct_classes(queries: Uses, pool: Uses, layer: int) -> np.ndarray:
 
 
 def sense_accuracy(uses: dict[str, tuple[Uses, Uses]]) -> dict:
-    """How often a word's nearest uses have its class: words, uses, majority, layers, votes, interval of findings.json.
+    """How often the nearest uses have a use's class: words, uses, majority, layers, votes, interval of findings.json.
 
     uses: {word: (queries, pool)}. Queries without a neighbour are not counted.
     """

@@ -19,7 +19,7 @@ from run.files import InputError, one_line, write_atomically
 from run.machine import find_device
 from run.options import script, script_arguments
 
-# With other rows, words or heads, the losses of two trials could not be compared.
+# Options that no search changes: with other rows, words or heads, the losses of two trials could not be compared.
 FIXED = "task fields phrases rows validation min_count representation freeze_word2vec seed seeds finetune adapt".split()
 
 
@@ -37,7 +37,7 @@ def trainers(config):
 
 
 def distribution(text: str, config) -> tuple[str, optuna.distributions.BaseDistribution]:
-    """(option, values) of NAME=LOW:HIGH, NAME=LOW:HIGH:log or NAME=A,B,C. InputError for others, or a FIXED one."""
+    """(option, values) of OPTION=LOW:HIGH, OPTION=LOW:HIGH:log or OPTION=A,B,C. InputError if it cannot be searched."""
     name, _, values = text.partition("=")
     kind = None if name in FIXED else type(getattr(config, name, None))
     try:
@@ -47,7 +47,8 @@ def distribution(text: str, config) -> tuple[str, optuna.distributions.BaseDistr
         make = optuna.distributions.IntDistribution if kind is int else optuna.distributions.FloatDistribution
         return name, make(kind(low), kind(high), log=values.endswith(":log"))
     except (TypeError, ValueError):
-        raise InputError(f"--search {text}: expected an option and LOW:HIGH, LOW:HIGH:log or A,B,C") from None
+        raise InputError(f"--search {text}: expected OPTION=LOW:HIGH, OPTION=LOW:HIGH:log or OPTION=A,B,C, "
+                         f"and an option other than {', '.join(FIXED)}") from None
 
 
 def lowest(train, trainer) -> float:
@@ -63,12 +64,14 @@ def lowest(train, trainer) -> float:
 
 @script("sweep.py")
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 0, 2 for a wrong input, 130 after Ctrl-C. The same command continues with the trials in OUT."""
+    """Exit status 0, 2 for a wrong input, 130 after Ctrl-C. The same command again continues the search."""
     words = [word for word in argv or sys.argv[1:] if word != "--"]
     module = classification if "classification.py" in words else ELMO
     config, options = script_arguments(words, module.Config, "sweep.py", __doc__, ELMO.HERE / "build" / "sweep", {
-        "script": {"choices": ("ELMO.py", "classification.py")}, "--search": {"action": "append", "required": True},
-        "--trials": {"type": int, "default": 20, "help": "of the whole search (default 20)"}})
+        "script": {"choices": ("ELMO.py", "classification.py"), "help": "the script whose options are searched"},
+        "--search": {"action": "append", "required": True, "metavar": "OPTION=VALUES",
+                     "help": "values LOW:HIGH, LOW:HIGH:log or A,B,C of one option; give it once for each option"},
+        "--trials": {"type": int, "default": 20, "help": "number of trials, earlier ones included (default 20)"}})
     space = dict(distribution(text, config) for text in options.search)
     trainer_of = trainers(config)
     options.out.mkdir(parents=True, exist_ok=True)

@@ -113,7 +113,7 @@ def percent_of_gold(counts: np.ndarray) -> np.ndarray:
 
 
 def confusion_matrix(axes: Axes, percent: np.ndarray, texts: list[str], names: list[str], size: float):
-    """Draws percentages (C, C) of the classes `names` as a picture, which it returns, with C * C texts in its cells."""
+    """Draws percentages (C, C) of the classes `names` with a text per cell; returns the picture, for a colour bar."""
     display = ConfusionMatrixDisplay(percent, display_labels=names)
     display.plot(ax=axes, cmap="cividis", colorbar=False, im_kw={"vmin": 0, "vmax": 100})
     for cell, text, value in zip(display.text_.flat, texts, percent.flat, strict=True):

@@ -19,8 +19,8 @@ from numpy import ndarray as Array
 PAD = 0
 START = 2
 END = 3
-MAX_TOKENS = 5_000_000
-FALLBACK = np.array([0.0, 0.5, 1.0, 1.5])   # KenLM's --discount_fallback, if the corpus is too small to estimate them
+MAX_TOKENS = 5_000_000                          # of the training rows; counts of more would not fit in memory
+FALLBACK = np.array([0.0, 0.5, 1.0, 1.5])       # used if the corpus is too small; KenLM's --discount_fallback
 
 
 def add_boundaries(ids: Array, offsets: Array, vocabulary_size: int) -> tuple[Array, Array]:
@@ -140,7 +140,7 @@ class KneserNey:
                 history = previous(grams, starts)
                 key = self.join(history, words)
                 rank = np.searchsorted(self.keys[k], key)
-                known = np.append(self.keys[k], -2)[rank] == key        # -2, which is no key, stands past the last one
+                known = np.append(self.keys[k], -2)[rank] == key        # a rank past the end finds -2, which is no key
                 grams = np.where(known, rank, -1)
             p = self.first_term[k][grams] + self.backoff[k][history] * p
         p[starts] = 1.0

@@ -39,7 +39,7 @@ def test_parts_of_the_bilm_are_those_of_the_vectors_that_users_get(elmo, kind, e
         assert torch.allclose(made[0, :layers.shape[1], b], expected(layers), atol=1e-5)
 
 
-def test_an_untrained_bilm_has_the_shape_of_the_trained_one_other_numbers_and_depends_on_the_seed(elmo):
+def test_an_untrained_bilm_has_the_shape_of_the_trained_one_and_weights_that_depend_on_the_seed(elmo):
     made = vectors_of("untrained", elmo)
     assert torch.equal(made, vectors_of("untrained", elmo))
     assert not torch.allclose(made[:, :4, 0], elmo.embed(SENTENCES[:1])[0], atol=0.1)
@@ -47,12 +47,12 @@ def test_an_untrained_bilm_has_the_shape_of_the_trained_one_other_numbers_and_de
 
 
 @pytest.mark.parametrize("representation", ["embedding", "char"])
-def test_static_vectors_are_the_rows_of_their_words(representation):
+def test_static_vectors_are_the_table_rows_of_their_words(representation):
     elmo = ELMO.ELMo.train(SENTENCES * 3, tiny(representation=representation, epochs=0.1))
     table = torch.randn(len(elmo.words), 5)
     made = baselines.StaticVectors(table)(elmo.encode(["oil prices fall .", "goal zzz"]), np.arange(2), torch.float32)
     assert torch.equal(made[0, :, 0], table[elmo.words.ids(["oil", "prices", "fall", "."])])
-    assert torch.equal(made[0, :2, 1], table[[elmo.words.index["goal"], 1]])        # an unknown word has <unk>'s
+    assert torch.equal(made[0, :2, 1], table[[elmo.words.index["goal"], 1]])        # the second word is <unk>
 
 
 def test_the_word2vec_baseline_is_skip_gram_and_elmos_start_is_not(monkeypatch):
@@ -103,8 +103,8 @@ def test_mcnemar_counts_the_rows_that_only_one_has_right():
     assert mcnemar(right, right)["p"] == 1
 
 
-def test_the_linear_model_is_chosen_on_validation_rows_and_counts_unlabelled_texts_too(monkeypatch):
-    monkeypatch.setattr(baselines, "LINEAR_MODELS", (("svm", 1.0), ("logistic", 1e-9)))     # the second knows one class
+def test_the_linear_model_is_chosen_on_validation_rows_and_its_counts_include_unlabelled_texts(monkeypatch):
+    monkeypatch.setattr(baselines, "LINEAR_MODELS", (("svm", 1.0), ("logistic", 1e-9)))     # the second gives one class
     corpus = ["good film", "good story", "bad film", "bad story", "fine plot", "fine plot"] * 3
     train = Part([(text,) for text in ["good film", *corpus[:4] * 3]], np.array([1, *[1, 1, 0, 0] * 3]))
     test = Part([("good plot",), ("bad plot",), ("good bad",)], np.array([1, 0, 1]))
@@ -120,7 +120,7 @@ def test_the_linear_model_is_chosen_on_validation_rows_and_counts_unlabelled_tex
     assert numbers["ensemble"] == numbers["test"]["mean"] == pytest.approx((predicted == test.labels).mean())
 
 
-def test_baselines_and_their_differences_from_the_jsons(builtin, tmp_path, monkeypatch):
+def test_the_command_compares_baselines_with_settings_and_trains_no_finished_run_again(builtin, tmp_path, monkeypatch):
     texts = [text for _, _, text in sample.generate(200)]
     ELMO.ELMo.train(texts, tiny(validation=60, epochs=0.5)).save(tmp_path / "bilstm.pt")
     build = tmp_path / "build"
@@ -146,7 +146,7 @@ def test_baselines_and_their_differences_from_the_jsons(builtin, tmp_path, monke
 
 @pytest.mark.parametrize("digest, rows, lr, fits", [
     ("a", 4, 0.1, True), ("b", 4, 0.1, False), ("a", 5, 0.1, False), ("a", 4, 0.2, False)])
-def test_runs_with_other_options_or_of_another_bilm_are_not_taken(tmp_path, digest, rows, lr, fits):
+def test_a_run_with_other_options_or_rows_or_of_another_bilm_is_not_reused(tmp_path, digest, rows, lr, fits):
     path = tmp_path / "svd.json"
     path.write_text(json.dumps({"bilm": "a", "config": {"lr": 0.1, "seeds": 1},
                                 "settings": {"trainable": {"predictions": "0123"}}}))

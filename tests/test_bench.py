@@ -169,7 +169,7 @@ def test_the_bench_writes_medians_and_ratios_taken_within_a_repeat(builtin, elmo
     ("", "AMX"), ("ALL", "AMX"), ("AVX512_CORE_AMX", "AMX"), ("AVX10_1_512_AMX", "AMX"),
     ("AVX512_CORE_BF16", "AVX-512"), ("AVX512_CORE_FP16", "AVX-512"), ("avx10_1_512", "AVX-512"),
     ("AVX512_CORE", None), ("AVX2", None)])
-def test_a_machine_whose_instructions_are_limited_is_another_device(monkeypatch, limit, by):
+def test_the_name_of_a_cpu_says_which_instructions_are_allowed(monkeypatch, limit, by):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True, "avx512_bf16": True, "cpu_name": "A"})
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
     found = describe(CPU)
@@ -179,7 +179,7 @@ def test_a_machine_whose_instructions_are_limited_is_another_device(monkeypatch,
 
 @pytest.mark.parametrize("program, command", [("/a/report/bench.py", "python report/bench.py --quick"),
                                               ("/a/ELMO.py", "python ELMO.py --quick")])
-def test_the_command_can_be_given_again_in_the_projects_folder(monkeypatch, program, command):
+def test_the_command_in_a_json_can_be_run_again_in_the_projects_folder(monkeypatch, program, command):
     monkeypatch.setattr(sys, "argv", [program, "--quick"])
     found = provenance(CPU, 90)
     assert (found["command"], found["minutes"]) == (command, 1.5)
@@ -209,7 +209,7 @@ def test_a_sweep_refuses_wrong_inputs_in_one_sentence(tmp_path, capsys, wrong):
     assert error.count("\n") == 1 and "AG News" not in error            # refused before any data is read
 
 
-def test_ctrl_c_leaves_the_finished_trials_and_other_rows_are_another_search(builtin, tmp_path, monkeypatch):
+def test_the_same_sweep_continues_after_ctrl_c_and_one_with_other_rows_starts_anew(builtin, tmp_path, monkeypatch):
     argv = ["ELMO.py", "--search", "dropout=0:0.4", "--search", "clip=0.3,0.6", "--trials", "2"]
     argv += ["--out", str(tmp_path), "--", *SMALL]
     losses = Mock(side_effect=[1.0, KeyboardInterrupt, float("inf"), 2.0, 3.0])
@@ -232,7 +232,7 @@ def test_a_file_that_is_no_study_is_refused(builtin, tmp_path, capsys):
     assert "studies.db cannot be used" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("finished, asked", [(False, False), (True, True)])         # also Ctrl-C in the last evaluation
+@pytest.mark.parametrize("finished, asked", [(False, False), (True, True)])         # or Ctrl-C in the last evaluation
 def test_a_stopped_trial_ends_the_sweep(finished, asked):
     run = SimpleNamespace(finished=finished, stop_event=SimpleNamespace(is_set=lambda: asked))
     with pytest.raises(KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""What report/ finds beside the scripts' own numbers: senses, leaks, variants of the mix; also trackers."""
+"""The findings of report/findings.py: senses, leaks, variants of the mix, few labels; also trackers."""
 import json
 import os
 import signal
@@ -80,7 +80,7 @@ def test_uses_have_the_vectors_that_users_get(elmo):
         assert np.allclose(found["the"].vectors[i], expected.numpy(), atol=0.02)
 
 
-def test_a_use_has_the_class_of_its_nearest_use_and_layer_0_is_worth_its_share():
+def test_the_nearest_use_predicts_the_class_and_layer_0_counts_the_share_of_the_class_in_the_pool():
     pool = uses([[1, 0], [0, 1], [0.1, 1], [0.2, 1]], [0, 1, 1, 1])
     queries = uses([[1, 0.1], [0.1, 1], [0, 1]], [0, 0, 1])
     found = sense_accuracy({"word": (queries, pool)})
@@ -90,7 +90,7 @@ def test_a_use_has_the_class_of_its_nearest_use_and_layer_0_is_worth_its_share()
     assert found["interval"] == [pytest.approx([vote, vote]) for vote in found["votes"]]        # one word only
 
 
-def test_words_count_by_their_uses_and_near_uses_outvote_the_nearest():
+def test_every_use_counts_the_same_and_several_near_uses_outvote_the_nearest():
     sure = (uses([[1, 0]], [0]), uses([[1, 0], [0, 1]], [0, 1]))
     wrong = (uses([[1, 0], [1, 0], [0, 1]], [1, 1, 0]), uses([[1, 0], [0, 1]], [0, 1]))
     found = sense_accuracy({"a": sure, "b": wrong})
@@ -140,7 +140,7 @@ def inputs_of(elmo, texts: list[str], folder=None) -> findings.Inputs:
     return findings.Inputs(folder, elmo, task, task.validation, parts)
 
 
-def test_the_leak_test_is_silent_on_the_bilm_and_not_on_a_model_that_leaks(elmo, monkeypatch):
+def test_the_leak_test_finds_nothing_in_the_bilm_and_something_in_a_model_that_leaks(elmo, monkeypatch):
     inputs = inputs_of(elmo, SENTENCES)
     found = findings.leaks(inputs)
     assert found["rows"] == found["changed"] == 3           # the fourth text has two words
@@ -151,7 +151,7 @@ def test_the_leak_test_is_silent_on_the_bilm_and_not_on_a_model_that_leaks(elmo,
     assert min(found["moved_forward_before"], found["moved_backward_after"]) > 0
 
 
-def test_two_settings_are_compared_by_the_rows_that_one_of_them_has_right(elmo, tmp_path, monkeypatch):
+def test_two_settings_are_compared_by_the_rows_that_only_one_of_them_has_right(elmo, tmp_path, monkeypatch):
     inputs = inputs_of(elmo, SENTENCES, tmp_path)           # classes 0, 1, 0, 1
     predicted = {"trainable": "0101", "frozen": "0000", "function": "1101"}
     settings = {name: {"predictions": classes} for name, classes in predicted.items()}
@@ -246,7 +246,7 @@ def test_the_fourth_layer_is_word2vec_filled_up_with_zeros(elmo):
         ELMoAndWord2Vec(elmo, StaticVectors(torch.zeros(len(elmo.words), STATIC)))
 
 
-def test_mixes_trains_every_variant_and_tells_the_weights_that_are_free(elmo, monkeypatch):
+def test_mixes_trains_every_variant_and_gives_the_layer_weights_of_those_that_learn_them(elmo, monkeypatch):
     inputs = inputs_of(elmo, SENTENCES * 10)
     inputs.word2vec = StaticVectors(torch.randn(len(elmo.words), 7))
     monkeypatch.setattr(mixes, "STATIC", 7)
@@ -283,7 +283,7 @@ def test_few_labels_are_measured_by_system_and_share_and_a_finished_run_is_not_r
                                         each["each"]]
     assert found["systems"]["tfidf"][-1] == {"test": [0.6], "validation": [0.5]}
     assert findings.labels(inputs) == found
-    assert len(made) == 9                                   # from the files, their minutes too
+    assert len(made) == 9                                   # from the files, with the minutes of the runs
     monkeypatch.setattr(findings, "EVALUATIONS", 5)         # another recipe
     findings.labels(inputs)
     assert len(made) == 18
@@ -308,7 +308,7 @@ def test_a_stopped_run_stops_the_findings(elmo, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------- the command
-def test_the_command_makes_what_is_named_or_was_stopped_for_this_bilm(elmo, tmp_path, monkeypatch, capsys):
+def test_the_command_makes_the_named_findings_and_resume_only_the_missing_ones(elmo, tmp_path, monkeypatch, capsys):
     number = 0
     def finding(name: str, inputs) -> dict:
         if (name, number) == ("map", 2):
@@ -348,13 +348,13 @@ def test_a_finding_that_is_missing_or_has_no_example_is_not_drawn(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------- trackers
-def test_a_resumed_runs_curve_has_every_step_once_and_the_numbers_of_its_history(tmp_path):
+def test_a_tracked_curve_of_a_resumed_run_has_every_step_once_and_the_numbers_of_its_history(tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     config = tiny(track="tensorboard", log_every=1, epochs=6.0)
     data = ELMO.Data.of(SENTENCES * 4, config, np.arange(12), np.arange(12, 16))
     first, other = (ELMO.Trainer(config, data, torch.device("cpu")) for _ in range(2))
-    def stopping(step: int) -> tuple[float, int]:
-        """A training step, before which Ctrl-C is pressed in the middle of the run."""
+    def stopping(step: int) -> tuple:
+        """A training step; in the middle of the run, Ctrl-C is pressed before it."""
         if step == first.steps // 2:
             os.kill(os.getpid(), signal.SIGINT)
         return ELMO.Trainer.step(first, step)

@@ -84,13 +84,13 @@ class Reference:
 @pytest.mark.parametrize("order", [1, 2, 4, 6])
 @pytest.mark.parametrize("v", [9, 60])
 @pytest.mark.parametrize("count", [1, 120])
-def test_rows_have_the_nll_of_a_reference_with_dictionaries(count, v, order):
+def test_the_nll_of_rows_is_that_of_a_reference_with_dictionaries(count, v, order):
     train = random_rows(1, count, v)
     test = [*random_rows(2, 20, v), []]
     reference = Reference(train, v, order)
     expected = [reference.nll(row) for row in test]
     np.testing.assert_allclose(KneserNey(*flat(train), v, order).nll(*flat(test)), expected, rtol=1e-10)
-    if (count, v, order) == (120, 60, 4):                   # estimated discounts as well as the fallback
+    if (count, v, order) == (120, 60, 4):                   # some orders have estimated discounts, some the fallback
         assert sum(d != tuple(FALLBACK) for d in reference.discount.values()) >= 2
 
 
@@ -107,7 +107,7 @@ def test_a_bigram_model_agrees_with_arithmetic_on_paper():
 
 
 def test_discounts_follow_chen_and_goodman_and_fall_back_when_a_count_of_counts_is_zero():
-    counts = np.repeat([0, 1, 2, 3, 4, 7], [50, 40, 12, 6, 3, 5])  # Y = 40 / 64
+    counts = np.repeat([0, 1, 2, 3, 4, 7], [50, 40, 12, 6, 3, 5])  # Y = 40 / (40 + 2 * 12)
     expected = [0, 1 - 2 * 0.625 * 12 / 40, 2 - 3 * 0.625 * 6 / 12, 3 - 4 * 0.625 * 3 / 6]
     assert discounts(counts) == pytest.approx(expected)
     assert discounts(counts[counts != 3]) == pytest.approx(FALLBACK)
@@ -130,13 +130,13 @@ def test_rows_are_reversed_one_by_one():
     assert offsets.tolist() == [0, 3, 3, 4, 6]
 
 
-def test_unigram_nll_are_add_one_counts_with_the_end_symbol():
+def test_unigram_nll_comes_from_add_one_counts_with_the_end_symbol():
     # four words and two ends were seen; S = 5 of the 7 ids can be predicted
     nll = unigram_nll(*flat([[4, 4, 5], [1]]), 7, *flat([[4, 6], []]))
     assert nll == pytest.approx([-math.log(3 / 11 * 1 / 11 * 3 / 11), -math.log(3 / 11)])
 
 
-def test_perplexity_of_a_mask_is_that_of_its_rows():
+def test_perplexity_of_a_mask_counts_only_its_rows():
     nll = np.array([6.0, 1.0, 4.0])
     offsets = np.array([0, 2, 2, 5])
     assert perplexity(nll, offsets) == pytest.approx(math.exp(11 / 8))

@@ -48,7 +48,7 @@ def change(project: Path, name: str, *keys: str, value) -> None:
 
 # -------------------------------------------------------------------------------------------------------- figures
 def written(monkeypatch, draw, *arguments) -> dict[str, list[str]]:
-    """{file: all texts in its figure} of the pictures that draw(.., out) would write."""
+    """{file: all texts in its figure} of the pictures that draw(*arguments) would write."""
     found = {}
     def remember(figure, path):
         found[f"{path.parent.name}/{path.name}"] = [text.get_text() for text in figure.findobj(Text)]
@@ -97,7 +97,7 @@ def test_words_are_confused_by_percent_and_small_shares_are_blank(monkeypatch, t
     assert any("right on 78% of the 200 occurrences of the 2 most frequent" in text for text in texts)     # 156 / 200
 
 
-def test_curves_of_several_runs_are_those_of_all_their_seeds():
+def test_curves_of_several_runs_have_the_seeds_of_all_runs():
     values = figures.validation_values([HISTORY, HISTORY], "frozen", "accuracy")
     assert np.array_equal(values, [[0.5, 0.7, 0.5, 0.7]] * 2)
 
@@ -184,9 +184,9 @@ def unpacked(pdf: bytes) -> list[bytes]:
 
 
 def typed_numbers(source: str) -> list[str]:
-    """What looks like a number typed into the text of a Typst source, in prose, code and equations alike.
+    """The numbers typed into the text of a Typst source, in prose, code and equations alike.
 
-    Decimals and numbers of several digits stand nowhere there; one digit, or its word, not before a unit.
+    Decimals and numbers of several digits count everywhere; one digit, or its word, counts before a unit.
     """
     text = re.sub(r"^ *//.*$", "", source[source.index(TEXT) + len(TEXT):], flags=re.MULTILINE)
     text = re.sub(rf"{PHRASES}|@\w+", "", text)
@@ -245,7 +245,7 @@ def test_the_report_refuses_numbers_of_another_bilm_or_older_than_the_runs(proje
 
 # ------------------------------------------------------------------------------------------------------- notebook
 def texts(project: Path) -> dict[Path, bytes]:
-    """What `build` writes only if all could be made, and its sources."""
+    """The content of the files that `build` writes only after it could make all of them, and of their sources."""
     return {path: path.read_bytes() for path in [project / "README.md", *(project / "report").iterdir()]}
 
 
