@@ -42,11 +42,11 @@ from data.text import PAD, SPECIAL, Data, Encoded, Vocabulary, tokenize, tokeniz
 from data.word2vec import unit_variance, word2vec
 from run import checkpoint, inference, machine, metrics, ngram
 from run.files import InputError, folder_lock, write_json
-from run.machine import autocast
+from run.machine import autocast, upload
 from run.optimization import Optimizers, check_loss, clip_gradients, dropout_mask, group, lr_factor
 from run.options import check_options, option, script, script_arguments
 from run.progress import Run
-from run.publication import finished_already, options_of_weights
+from run.publication import Publication, options_of_weights
 
 HERE = Path(__file__).resolve().parent
 FORMAT = "elmo-bilm-2"                  # of bilstm.pt; another one if the file's meaning changes
@@ -65,10 +65,10 @@ class Config:
     hidden: int = option(448, "H: cells of each LSTM, projected to P if there are more", min=1, max=65536)
     dropout: float = option(0.2, "dropout probability; a sentence loses the same units at all positions", max=0.95)
     word_dropout: float = option(0.0, "probability that an input word becomes zeros", max=0.95)
-    min_count: int = option(3, "a word enters the vocabulary if the training rows contain it this often", min=1)
+    min_count: int = option(3, "a word enters the vocabulary if it is so often in the training rows", min=1)
     freeze_word2vec: bool = option(False, "word2vec: x does not learn, and the softmax has a table of its own")
     rows: int = option(0, "train on this many rows of train.csv, for short trials; 0: all")
-    validation: int = option(4000, "rows of train.csv for choosing the epoch and the options")
+    validation: int = option(4000, "rows of train.csv that are not trained on and choose the best epoch")
     epochs: float = option(4.0, "passes over the training rows", max=100_000)
     batch_tokens: int = option(3000, "positions (B x T) of a batch", min=1)
     negatives: int = option(2048, "E: sampled words per step; with V or more it is the full softmax", min=1)
@@ -78,8 +78,8 @@ class Config:
     beta2: float = option(0.99, "Adam's decay of the mean squared gradient", max=0.99999)
     weight_decay: float = option(0.0, "AdamW's weight decay", max=10)
     clip: float = option(0.5, "largest norm of the whole gradient", min=1e-9)
-    precision: str = option("auto", "of matrix products; auto: bf16 if it is fast", choices=("auto", "fp32", "bf16"))
-    seed: int = option(0, "of rows, weights, batches, dropout and sampled words", max=2**31)
+    precision: str = option("auto", "type of matrix products; auto: bf16 if faster", choices=("auto", "fp32", "bf16"))
+    seed: int = option(0, "random seed of rows, weights, batches, dropout and sampled words", max=2**31)
     log_every: int = option(100, "steps between log lines", min=1)
     save_every: float = option(300.0, "seconds between resume states")
     track: str = option("none", "also log to a tracker, in --out", choices=("none", "tensorboard", "wandb"))
@@ -90,7 +90,7 @@ class Config:
 
     @property
     def tied(self) -> bool:
-        """Whether x and the softmax share one table: not if x comes from characters, nor if it must not learn."""
+        """True if x and the softmax use one table, False if x is made from characters or is frozen Word2Vec vectors."""
         if self.representation == "word2vec":
             return not self.freeze_word2vec
         return self.representation != "char"
@@ -144,7 +144,7 @@ class BiLM(nn.Module):
         return self.forward_lstms if d == 0 else self.backward_lstms
 
     def layer_weights(self, j: int) -> list[nn.Parameter]:
-        """The dense weights that compute h_j of both directions, j = 0, 1, 2; a table is not dense."""
+        """The weights, except tables, that learn to compute h_j of both directions, j = 0, 1, 2."""
         if j == 0:
             return list(self.characters.parameters()) if self.config.representation == "char" else []
         lstms = nn.ModuleList([self.forward_lstms[j - 1], self.backward_lstms[j - 1]])
@@ -155,11 +155,12 @@ class BiLM(nn.Module):
         return [weight for weight in self.lstms(d).parameters() if weight.requires_grad]
 
     def represent(self, ids: Tensor, chars: Tensor | None = None) -> Tensor:
-        """(..., P) token representations of ids (...); chars: characters of all types, for the character network."""
+        """(..., P) token representations of ids (...) on the CPU; chars: the characters of each distinct token."""
+        device = self.table.device
         if self.config.representation == "char":
             types, place = torch.unique(ids, return_inverse=True)           # each type goes through the network once
-            codes = chars[types.to(chars.device)].to(ids.device)
-            return F.embedding(place, self.characters(codes).float())
+            return F.embedding(upload(place, device), self.characters(upload(chars[types], device)).float())
+        ids = upload(ids, device)
         if self.config.tied:
             return F.embedding(ids, self.table, sparse=True)                # the gradient holds only the rows of ids
         return F.embedding(ids, self.static)
@@ -183,10 +184,10 @@ class BiLM(nn.Module):
     def join(self, forward: list[Tensor], backward: list[Tensor], lengths: Tensor) -> Tensor:
         """(3, T - 1, B, 2P) vectors of the words in reading order, without boundaries, from both directions' states.
 
-        The state of word k is the one after reading it: position k of the forward model, whose position 0 is <s>. The
-        backward model reads word n first, so its states are reversed within each sentence; lengths (B,).
+        Forward, position 0 is <s>, so the state after word k was read stands at position k. The backward model reads
+        word n first, so its states are reversed within each sentence. lengths (B,).
         """
-        dtype = forward[-1].dtype                                           # h_0 is float32, the others may be bf16
+        dtype = forward[-1].dtype                                           # h_0 is fp32, the others may be bf16
         layers = []
         for forward_h, backward_h in zip(forward, backward, strict=True):
             in_reading_order = reverse_within_lengths(backward_h[1:], lengths)
@@ -195,21 +196,21 @@ class BiLM(nn.Module):
 
     def contextual(self, ids: Tensor, lengths: Tensor, chars: Tensor | None, dtype: torch.dtype = torch.float32,
                    masks=(None, None), run_both: Callable = map) -> Tensor:
-        """(3, T - 1, B, 2P) vectors of all layers for ids (2, T, B) from `collate`, by products of type `dtype`.
+        """(3, T - 1, B, 2P) vectors of all layers for ids (2, T, B) from `collate`, with matrix products in `dtype`.
 
-        masks: those of each direction; run_both(call, [0, 1]) runs the directions, in this thread or side by side.
+        masks: for each direction those of `states`; run_both(f, [0, 1]) is like map, one by one or at the same time.
         """
         device = self.table.device
         learns = torch.is_grad_enabled()
         with autocast(device, dtype):
-            x = self.represent(ids.to(device), chars)
+            x = self.represent(ids, chars)
 
         def states(d: int) -> list[Tensor]:
             with autocast(device, dtype), torch.set_grad_enabled(learns):           # both hold for one thread only
                 return self.states(d, x[d], masks[d])
 
         forward, backward = run_both(states, range(2))
-        return self.join(forward, backward, lengths.to(device))
+        return self.join(forward, backward, upload(lengths, device))
 
 
 class ScalarMix(nn.Module):
@@ -255,13 +256,12 @@ def score_batch(model: BiLM, encoded: Encoded, dtype: torch.dtype, details: bool
     ids, y = collate(encoded, rows)
     directions = []
     with torch.no_grad(), autocast(device, dtype):
-        x = model.represent(ids.to(device), encoded.chars)                      # (2, T, B, P)
+        x = model.represent(ids, encoded.chars)                                 # (2, T, B, P)
         for d in range(2):
             place, gold = predicted_tokens(y[d])
             h = model.states(d, x[d])[-1].flatten(0, 1)[place.to(device)]       # (T, B, P) -> (N, P)
             scores = metrics.full_softmax_nll(h, gold.to(device), model.table, model.bias, details)
-            row_of_token = rows[place.numpy() % len(rows)]
-            directions.append((row_of_token, *(values.cpu().numpy() for values in scores)))
+            directions.append((rows[place.numpy() % len(rows)], *(values.cpu().numpy() for values in scores)))
     return directions
 
 
@@ -288,8 +288,8 @@ class Trainer:
     """The model, its optimizers, and one training step. Every random number of a step comes from (seed, step).
 
     The two directions are two language models, so they run side by side in two threads (torch releases Python's lock).
-    Each gets x as a leaf of its own: the graph is cut there, and no thread touches the other's graph. Afterwards
-    `collect` adds up their gradients, and continues the backward pass from x into the table or the character network.
+    Each gets a detached copy of x, so that each thread runs backward in a graph of its own. Afterwards `collect` adds
+    up their gradients, and continues the backward pass from x into the table or the character network.
     """
     unit = "tokens"                 # of the progress bar
 
@@ -355,38 +355,35 @@ class Trainer:
         return list(zip(*masks, strict=True))                                           # by direction
 
     def direction(self, d: int, x: Tensor, y: Tensor, masks: Sequence, sampled: Tensor, targets: int) -> Gradients:
-        """Forward and backward pass of direction d over its x (T, B, P) and y (T, B); `collect` puts it into .grad."""
-        place, gold = (part.to(self.device) for part in predicted_tokens(y))        # (N,), found on the CPU
+        """Forward and backward pass of direction d over its x (T, B, P) and y (T, B); returns its gradients."""
+        place, gold = (upload(part, self.device) for part in predicted_tokens(y))    # (N,), found on the CPU
         with autocast(self.device, self.dtype):
             h = self.model.states(d, x, masks)[-1].flatten(0, 1)[place]                         # (T, B, P) -> (N, P)
             nll = sampled_nll(h, gold, self.model.table, self.model.bias, sampled, self.log_pi[sampled]).sum()
         weights = [self.model.table, self.model.bias, x, *self.model.lstm_weights(d)]
-        # divided only here: a GPU's LSTMs compute in fp16, in which small gradients would vanish on the way
+        # divided here, not before: a GPU's LSTMs may compute in fp16, in which small gradients become 0
         table, bias, dx, *lstms = (gradient / targets for gradient in torch.autograd.grad(nll, weights))
         return Gradients(nll.detach(), table, bias, dx, lstms)
 
     @machine.torch_threads(1)
     def step(self, step: int) -> tuple[Tensor, Tensor, int]:
-        """One update; returns (nll, gradient norm, predicted tokens) of both directions and all processes.
-
-        Raises InputError if the loss diverged. For a GPU `Run` does so later, because reading its numbers takes time.
-        """
+        """One update; returns (nll, gradient norm, predicted tokens) of both directions and all processes."""
         # batch
         ids, y = self.batch(step)                                                       # (2, T, B)
         targets = int((y != PAD).sum())
         masks = self.masks(step, *ids.shape[1:])
         u = np.random.default_rng([self.config.seed, step, 2]).random()                 # see Sampler
-        sampled = self.sampler.draw(u).to(self.device)
-        # loss and gradients, each direction on its own core
+        sampled = upload(self.sampler.draw(u), self.device)
+        # loss and gradients; on a CPU both directions run at the same time
         with autocast(self.device, self.dtype):
-            x = self.model.represent(self.own(ids).to(self.device), self.data.encoded.chars)        # (2, T, B, P)
+            x = self.model.represent(self.own(ids), self.data.encoded.chars)                        # (2, T, B, P)
         inputs = [x[d].detach().requires_grad_() for d in range(2)]
         direction = partial(self.direction, sampled=sampled, targets=targets)
         forward, backward = self.workers.map(direction, range(2), inputs, self.own(y), masks)
         nll = self.collect(x, forward, backward)
         # clip
         norm = clip_gradients([*self.dense, *self.sparse], self.config.clip)
-        if self.device.type == "cpu":
+        if self.device.type == "cpu":       # Run reads a GPU's numbers later, because reading them takes time
             check_loss(nll, norm, targets, step, step)
         # update, with linear warm-up and then a cosine
         self.optimizers.step(lr_factor(step, self.steps))
@@ -508,7 +505,7 @@ class ELMo:
             "history": self.history, "metrics": self.metrics})
 
     def weights(self) -> dict[str, Tensor]:
-        """The file's weights in half precision: "forward.0.weight_ih_l0", .. (no attribute may be called `forward`)."""
+        """Half-precision weights, named as in the file: "forward.0.weight_ih_l0" for forward_lstms.0.weight_ih_l0."""
         return {name.replace("_lstms.", "."): value.cpu().half() for name, value in self.model.state_dict().items()}
 
     def tokenize(self, text: str) -> list[str]:
@@ -526,7 +523,7 @@ class ELMo:
     def embed_stream(self, texts: Iterable[str], precision: str = "fp32", window: int = 512) -> Iterator[Tensor]:
         """The same tensors one by one, in order, from any iterable; memory holds `window` texts at a time.
 
-        precision: "fp32", or "bf16", which is faster if the hardware multiplies it and is computed in fp32 otherwise.
+        precision: "fp32", or "bf16", which is used only if it is faster on this machine, otherwise fp32.
         """
         texts = checked_texts(texts)
         if precision not in ("fp32", "bf16"):
@@ -599,7 +596,7 @@ def publish(run: Run, out: Path, seconds: float) -> None:
     elmo.save(out / "bilstm.pt")
     targets = 2 * (trainer.lengths + 1).sum() * trainer.steps / trainer.per_epoch
     result = machine.provenance(trainer.device, seconds) | {
-        "config": asdict(elmo.config), "precision": str(trainer.dtype).removeprefix("torch."),
+        "config": asdict(elmo.config), "precision": run.precision,
         "tokens_per_second": float(targets / run.seconds), "vocabulary": len(elmo.words),
         "parameters": sum(weight.numel() for weight in elmo.model.state_dict().values()),
         "file_mb": (out / "bilstm.pt").stat().st_size / 1e6, "digest": elmo.digest,
@@ -613,20 +610,19 @@ def publish(run: Run, out: Path, seconds: float) -> None:
 
 # ------------------------------------------------------------------------------------------------------- main
 def pretrain(config: Config, options: Namespace) -> int:
-    """The run of the command: AG News or a plain text to OUT. Returns the exit status. options: of the command line."""
+    """Runs the command: reads AG News or --corpus, trains, measures, writes OUT. Returns the exit status."""
     begin = time.perf_counter()
     out = options.out
-    resume_file = out / "bilstm.resume.pt"
+    publication = Publication("bilstm", config, options)
     data = Data.read(config, options.corpus, CACHE)
-    source = {"data": data.digest}
-    if finished_already(out / "pretraining.json", out / "bilstm.pt", config, source, resume_file, options):
+    if publication.finished({"data": data.digest}):
         return 0
     trainer = Trainer(config, data, machine.find_device())
     first = trainer.rank == 0
     if first:
         print(data.summary(), flush=True)
     with folder_lock(out) if first else nullcontext():
-        run = train(trainer, resume_file, options.resume)
+        run = train(trainer, publication.resume_file, options.resume)
         if not run.finished:
             return 130
         if first:

@@ -21,8 +21,16 @@ setup: $(VENV)/ready    ## virtual environment with the pinned packages
 
 demo: setup     ## both scripts on the built-in corpus, in minutes, no download
 	$(PY) data/sample.py --out $(DEMO)/corpus --rows 8000 --test-rows 1000 --seed 0
-	AG_NEWS_DIR=$(DEMO)/corpus $(PY) ELMO.py --out $(DEMO) $(SMALL)
-	AG_NEWS_DIR=$(DEMO)/corpus $(PY) classification.py --out $(DEMO) --bilstm $(DEMO)/bilstm.pt $(HEADS)
+	AG_NEWS_DIR=$(DEMO)/corpus $(PY) ELMO.py --out $(DEMO) --overwrite $(SMALL)
+	AG_NEWS_DIR=$(DEMO)/corpus $(PY) classification.py --out $(DEMO) --overwrite --bilstm $(DEMO)/bilstm.pt $(HEADS)
+	@echo
+	@echo 'Both scripts have run on the built-in corpus. Open these files:'
+	@echo '    $(DEMO)/figures/curves_pretraining.png             perplexity after each epoch'
+	@echo '    $(DEMO)/figures/confusion_trainable_test.png       which classes are taken for which'
+	@echo '    $(DEMO)/classification.json                        all numbers of the classifiers'
+	@echo 'Type this next; it uses the published models:'
+	@echo '    $(PY) classification.py --predict "Oil prices fall."'
+	@echo '    $(PY) ELMO.py --help'
 
 lint: setup     ## ruff
 	$(PY) -m ruff check .
@@ -30,17 +38,17 @@ lint: setup     ## ruff
 test: lint      ## lint, then the test suite
 	$(PY) -m pytest
 
-train: setup    ## the published runs: AG News to models/*.pt and the baselines
-	$(PY) ELMO.py --resume
-	$(PY) classification.py --seeds 3 --resume
-	$(PY) classification.py --finetune --seeds 3 --resume
-	$(PY) classification.py --fields title+description --finetune --seeds 2 --resume
+train: setup    ## the published runs: AG News to models/*.pt and the baselines; a stopped run goes on
+	$(PY) ELMO.py --overwrite --resume
+	$(PY) classification.py --seeds 3 --overwrite --resume
+	$(PY) classification.py --finetune --seeds 3 --overwrite --resume
+	$(PY) classification.py --fields title+description --finetune --seeds 2 --overwrite --resume
 	$(PY) report/baselines.py --seeds 3
 
 tasks: setup    ## SST and NLI on the published biLM; $SST_DIR and $NLI_DIR name their folders
-	$(PY) classification.py --task sst5 --adapt 2
-	$(PY) classification.py --task sst2 --adapt 2
-	$(PY) classification.py --task nli --adapt 1 --epochs 3
+	$(PY) classification.py --task sst5 --adapt 2 --overwrite --resume
+	$(PY) classification.py --task sst2 --adapt 2 --overwrite --resume
+	$(PY) classification.py --task nli --adapt 1 --epochs 3 --overwrite --resume
 
 faults: setup   ## kills, damage, wrong inputs, full disk: what the scripts survive, to models/faults.json
 	$(PY) tests/test_faults.py

@@ -6,7 +6,7 @@
     setting `function`:   ELMo_k = f(h_{k,0}, h_{k,1}, h_{k,2}), a small network that learns
     a biLSTM reads ELMo_1 .. ELMo_n -> [maximum, attention, mean] over the words -> linear layer -> classes
 
-A head is one classifier, of one setting and one seed. The biLM runs once per batch for all heads and does not learn.
+A head is one classifier, of one setting and one seed. A biLM that does not learn reads each batch once for all heads.
 
 Shapes: B texts of a batch, T words of the longest, J layers, D width of a layer, H cells of a head's LSTM, C classes,
 N classified rows (B, or B / 2 if a row is a pair of texts).
@@ -40,12 +40,12 @@ from data.text import Data, Encoded, Vocabulary, tokenize_texts
 from ELMO import BiLM, ELMo, ScalarMix
 from run import checkpoint, inference, machine, metrics
 from run.files import InputError, folder_lock, write_json
-from run.machine import autocast
-from run.optimization import Optimizers, check_loss, clip_gradients, dropout_mask, group, lr_factor, moving_average
+from run.machine import autocast, upload
+from run.optimization import Optimizers, check_loss, clip_gradients, dropout_mask, group, lr_factor, update_average
 from run.options import check_options, option, script, script_arguments
 from run.pairs import PairMatcher
 from run.progress import Run
-from run.publication import finished_already, options_of_weights
+from run.publication import Publication, options_of_weights
 
 HERE = Path(__file__).resolve().parent
 FORMAT = "elmo-classifier-2"            # of classifier.pt; another one if its meaning changes
@@ -63,28 +63,28 @@ class Config:
     task: str = option("ag_news", "what to classify", choices=("ag_news", "sst2", "sst5", "nli"))
     setting: str = option("all", "how the layers are mixed", choices=("all", *SETTINGS))
     fields: str = option("description", "columns of AG News to read", choices=("description", "title+description"))
-    seeds: int = option(1, "heads per setting, with the seeds from `seed` on", min=1, max=100)
+    seeds: int = option(1, "heads per setting, with the seeds `seed`, `seed` + 1, ..", min=1, max=100)
     finetune: bool = option(False, "the biLM learns too, a copy of it for each seed")
-    adapt: float = option(0.0, "passes of the biLM over the task's texts first, with their words added", max=999)
+    adapt: float = option(0.0, "first train the biLM for this many passes over the task's texts", max=999)
     adapt_lr: float = option(2e-3, "peak learning rate of these passes", max=10)
     phrases: bool = option(True, "sst: train on every phrase of a tree, not only on whole sentences")
     hidden: int = option(128, "H: cells of the head's LSTM, per direction", min=1, max=8192)
     dropout: float = option(0.2, "dropout probability of the mix and of the pooled text", max=0.95)
     smoothing: float = option(0.05, "label smoothing: share of the target spread over all classes", max=0.99)
     rows: int = option(0, "labelled training rows, drawn by the seed; 0: all")
-    validation: int = option(2000, "nli: rows that are not trained on; ag_news takes those of the biLM", min=1)
+    validation: int = option(2000, "nli: validation rows, taken from train; ag_news takes those of the biLM", min=1)
     epochs: float = option(2.0, "passes over the training rows", max=100_000)
     batch_tokens: int = option(3000, "positions (B x T) of a batch", min=1)
     lr: float = option(4e-3, "peak learning rate of the head", max=10)
     mix_lr: float = option(2e-2, "peak learning rate of w and gamma", max=10)
     bilm_lr: float = option(4e-3, "finetune: peak learning rate of the biLM's top layer", max=10)
     bilm_dropout: float = option(0.1, "finetune: dropout probability of h_0, h_1 and h_2", max=0.95)
-    unfreeze: float = option(0.05, "finetune: share of the steps until layer 2 learns, then 1, then 0", max=0.5)
+    unfreeze: float = option(0.05, "finetune: share of the steps before layer 2 learns; 1: twice, 0: 3 times", max=0.5)
     weight_decay: float = option(0.01, "AdamW's weight decay, of the head", max=10)
-    ema: float = option(0.99, "decay, per 10 steps, of the average of the weights that is evaluated", max=0.99999)
+    ema: float = option(0.99, "decay of the weights' moving average, updated every 10 steps", max=0.99999)
     clip: float = option(1.0, "largest gradient norm of a head, and of the biLM", min=1e-9)
-    precision: str = option("auto", "of matrix products; auto: bf16 if it is fast", choices=("auto", "fp32", "bf16"))
-    seed: int = option(0, "of weights and dropout, and of the batches that all heads share", max=2**31)
+    precision: str = option("auto", "type of matrix products; auto: bf16 if faster", choices=("auto", "fp32", "bf16"))
+    seed: int = option(0, "random seed of the first head, and of the batches, which all heads share", max=2**31)
     log_every: int = option(100, "steps between log lines", min=1)
     save_every: float = option(300.0, "seconds between resume states")
     track: str = option("none", "also log to a tracker, in --out", choices=("none", "tensorboard", "wandb"))
@@ -135,7 +135,7 @@ class LayerFunction(nn.Module):
 
 
 class ELMoVectors:
-    """Word vectors for a head: all layers of a biLM that does not learn, J = 3, D = 2P. Baselines have other ones."""
+    """Word vectors for a head: all layers of a frozen biLM, J = 3, D = 2P. Baselines use other classes instead."""
     layers = ELMO.LAYERS + 1
 
     def __init__(self, model: BiLM):
@@ -174,7 +174,7 @@ class Head(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> "Head":
-        """Random weights; returns self. Heads of one seed share weights of the same shape, whatever their settings."""
+        """Sets random weights; returns self. With the same seed, weights of one name and shape are equal in all heads."""
         for name, weight in self.named_parameters():
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))    # one for each weight
             if name == "mix.w" and not weight.requires_grad:                # setting `frozen`
@@ -190,7 +190,7 @@ class Head(nn.Module):
         return self
 
     def dropout_masks(self, B: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Masks of the pooled text (N, ..), first because all settings share it, and of the mix (1, B, width)."""
+        """Masks of the pooled text (N, ..) and of the mix (1, B, width). The first is the same in all settings."""
         N = B // 2 if self.config.pair else B
         text = dropout_mask(self.config.dropout, (N, self.text_width), generator)
         mix = dropout_mask(self.config.dropout, (1, B, self.width), generator)
@@ -247,7 +247,7 @@ class Learner:
         self.modules = nn.ModuleDict({"head": head.to(vectors.device)})
         if config.finetune:
             self.modules["bilm"] = copy.deepcopy(vectors.model).set_trainable().train()
-        self.average = moving_average(self.modules, config.ema)
+        self.average = copy.deepcopy(self.modules)
         self.optimizers = self.new_optimizers()
 
     def new_optimizers(self) -> Optimizers:
@@ -274,13 +274,13 @@ class Learner:
         ids, _ = collate(part.encoded, sides)
         shape = (2, ELMO.LAYERS + 1, 1, len(sides), bilm.config.width)
         masks = dropout_mask(self.config.bilm_dropout, shape, generator)
-        return bilm.contextual(ids, lengths, part.encoded.chars, dtype, masks), lengths.to(bilm.table.device)
+        return bilm.contextual(ids, lengths, part.encoded.chars, dtype, masks), upload(lengths, bilm.table.device)
 
     def gradients(self, trainer: "Trainer", step: int, rows: np.ndarray, shared: tuple | None) -> tuple[Tensor, Tensor]:
-        """Computes .grad and clips it; returns (summed cross-entropy, norm). shared: layers and lengths or None."""
+        """Computes .grad, clipped; returns (summed cross-entropy, norm). shared: layers and lengths, or None."""
         head = self.modules["head"]
         part = trainer.parts["train"]
-        gold = part.labels[rows].to(trainer.device)
+        gold = upload(part.labels[rows], trainer.device)
         generator = machine.random_generator(trainer.device, (self.seed + 1) * 1_000_003 + step)
         if shared is None:
             shared = self.contextual(part, rows, trainer.dtype, generator)
@@ -297,7 +297,7 @@ class Learner:
         """Updates the weights, and every AVERAGE_EVERY steps their average."""
         self.optimizers.step(lr_factor(step, steps))
         if step % AVERAGE_EVERY == AVERAGE_EVERY - 1 or step + 1 == steps:
-            self.average.update_parameters(self.modules)
+            update_average(self.average, self.modules, step // AVERAGE_EVERY, self.config.ema)
 
     def state(self) -> dict:
         """Everything that the next step depends on."""
@@ -312,7 +312,7 @@ class Learner:
 class Trainer:
     """Learners of all settings and seeds, and one training step. Every random number comes from (seed, step).
 
-    A biLM that does not learn reads the batch once for all heads. Then the heads learn, one on each core at a time.
+    A biLM that does not learn reads the batch once for all heads. On a CPU, the heads learn side by side in threads.
     """
     unit = "rows"       # of the progress bar
     rank = 0            # there is one process
@@ -332,7 +332,7 @@ class Trainer:
                 self.learners[name] = Learner(config, self.new_head(setting, classes, seed), seed, vectors)
         self.workers = machine.Workers(min(torch.get_num_threads(), len(self.learners)), self.device)
         # what is evaluated and saved: the averaged weights
-        self.model = nn.ModuleDict({name: learner.average.module for name, learner in self.learners.items()})
+        self.model = nn.ModuleDict({name: learner.average for name, learner in self.learners.items()})
         self.start_epoch(0)
         self.per_epoch = len(self.batches)
         self.steps = max(1, round(config.epochs * self.per_epoch))
@@ -356,10 +356,7 @@ class Trainer:
 
     @machine.torch_threads(1)
     def step(self, step: int) -> tuple[Tensor, Tensor, int]:
-        """One update of every head; returns means over heads (summed cross-entropy, gradient norm) and the rows.
-
-        InputError as in ELMO.Trainer.step.
-        """
+        """One update of every head; returns (summed cross-entropy, gradient norm, rows), the first two are means."""
         epoch, number = divmod(step, self.per_epoch)
         if epoch != self.epoch:
             self.start_epoch(epoch)
@@ -369,7 +366,7 @@ class Trainer:
             shared = vectors_of(self.vectors, self.parts["train"], rows, self.dtype, self.workers.map)
         learners = list(self.learners.values())
         results = self.workers.map(lambda learner: learner.gradients(self, step, rows, shared), learners)
-        if self.device.type == "cpu":
+        if self.device.type == "cpu":       # Run reads a GPU's numbers later, because reading them takes time
             for loss, norm in results:
                 check_loss(loss, norm, len(rows), step, step)
         self.workers.map(lambda learner: learner.update(step, self.steps), learners)
@@ -404,7 +401,7 @@ class Trainer:
 def vectors_of(vectors, part: EncodedTexts, rows: np.ndarray, dtype: torch.dtype, run_both: Callable = map):
     """Word vectors (J, T, B, D) and lengths (B,) of some rows; of pairs, all first texts come first."""
     sides, lengths = part.sides(rows)
-    return vectors(part.encoded, sides, dtype, run_both), lengths.to(vectors.device)
+    return vectors(part.encoded, sides, dtype, run_both), upload(lengths, vectors.device)
 
 
 def probabilities(heads: dict, vectors, part: EncodedTexts, dtype: torch.dtype, rows: np.ndarray | None = None) -> dict:
@@ -425,7 +422,7 @@ def probabilities(heads: dict, vectors, part: EncodedTexts, dtype: torch.dtype, 
 
 
 def train(trainer: Trainer, resume_file: Path | None = None, resume: bool = False) -> Run:
-    """The training loop. The returned Run holds the averaged weights with the lowest mean validation loss."""
+    """The training loop. The returned Run holds all heads' averaged weights, those with the lowest mean loss."""
     gold = trainer.parts["validation"].labels
 
     def evaluate(train_loss: float) -> tuple[float, dict, str]:
@@ -486,7 +483,7 @@ class Classifier:
             return cls(config, [str(label) for label in content["labels"]], head.to(vectors.device), elmo)
 
     def predict(self, texts: Sequence[str | tuple[str, str]], precision: str = "fp32") -> list[dict]:
-        """One {"label", "probabilities": {label: p}} per text, or per pair of texts if the task is one of pairs.
+        """One {"label", "probabilities": {label: p}} per text, or per pair of texts if the classifier reads two.
 
         InputError names a text that is empty or no string. precision: "fp32", or "auto" and "bf16", which are faster.
         """
@@ -519,8 +516,8 @@ def bilm_of(path: str | Path, content: dict, bilstm: str | Path | None, device: 
         raise InputError(f"{path} needs the biLM that it was trained on; name it, for example models/bilstm.pt")
     elmo = ELMo.load(bilstm, device)
     if elmo.digest != bilm["digest"]:
-        raise InputError(f"{path} was trained on another biLM than {bilstm}; name that one (digest "
-                         f"{bilm['digest'][:12]}..), or run `python classification.py` anew")
+        raise InputError(f"{path} was not trained on {bilstm}; name its own biLM (digest {bilm['digest'][:12]}..), or "
+                         "run `python classification.py` again")
     return elmo
 
 
@@ -543,7 +540,7 @@ def measure(run: Run, task: Task) -> dict:
         numbers["gamma"] = [mix.gamma.item() for mix in mixes]
         numbers["parameters"] = sum(weight.numel() for weight in heads[0].parameters())
         settings[setting] = numbers
-    return {"config": asdict(trainer.config), "task": task.name, "labels": task.labels,
+    return {"config": asdict(trainer.config), "precision": run.precision, "task": task.name, "labels": task.labels,
             "history": [run.history], "settings": settings} | trainer.source
 
 
@@ -572,7 +569,7 @@ def save(path: Path, result: dict, trainer: Trainer, elmo: ELMo) -> None:
 
 # ------------------------------------------------------------------------------------------------------- main
 def adapt(elmo: ELMo, task: Task, config: Config, file: Path, resume: bool) -> Run:
-    """Continues to train the biLM, on the task's training texts (the paper's section 3.4); a tenth chooses the pass."""
+    """Trains the biLM further on the task's training texts (the paper's section 3.4). A tenth of them is validation."""
     tokens = tokenize_texts(task.corpus, CACHE)
     train_rows, validation_rows = split(len(tokens), max(1, len(tokens) // 10), config.seed)
     words = elmo.words.grown_by(Vocabulary.count(tokens.types, tokens.counts(train_rows), min_count=2))
@@ -588,20 +585,19 @@ def adapt(elmo: ELMo, task: Task, config: Config, file: Path, resume: bool) -> R
 
 
 def classify(config: Config, options: Namespace, make_vectors: Callable | None = None, stem: str | None = None) -> int:
-    """The run of the command: reads the task, trains, measures, writes. Returns the exit status.
+    """Runs the command: reads the task, trains, measures, writes. Returns the exit status.
 
     options: out, bilstm, resume and overwrite of the command line. make_vectors(config, elmo, task) gives a baseline's
     word vectors, named by `stem`; then no .pt file is written.
     """
     begin = time.perf_counter()
     out = options.out
+    name = stem or config.stem
+    publication = Publication(name, config, options)
     elmo = ELMo.load(options.bilstm)
     task = read_task(config, elmo.config)
     source = {"data": task.digest, "bilm": elmo.digest}
-    name = stem or config.stem
-    file = out / f"{'classification' if name == 'classifier' else name}.json"
-    resume_file = out / f"{name}.resume.pt"
-    if finished_already(file, out / f"{name}.pt", config, source, resume_file, options):
+    if publication.finished(source):
         return 0
     with folder_lock(out):
         runs = []
@@ -615,7 +611,7 @@ def classify(config: Config, options: Namespace, make_vectors: Callable | None =
         vectors = ELMoVectors(elmo.model) if make_vectors is None else make_vectors(config, elmo, task)
         print(f"{task.summary()}; {', '.join(config.settings)}; {config.seeds} seed(s)", flush=True)
         trainer = Trainer(config, vectors, parts, len(task.labels), source)
-        run = train(trainer, resume_file, options.resume)
+        run = train(trainer, publication.resume_file, options.resume)
         if not run.finished:
             return 130
         trainer.model.load_state_dict({key: value.half().float() for key, value in run.best.items()})
@@ -627,7 +623,7 @@ def classify(config: Config, options: Namespace, make_vectors: Callable | None =
         result |= machine.provenance(trainer.device, seconds)
         from run import figures  # imported here, because Matplotlib takes a while
         figures.classification(result, out, "" if name == "classifier" else name)
-        write_json(file, result)
+        write_json(publication.json, result)
         print(metrics.accuracy_table(result))
         for finished in runs:
             finished.file.unlink(missing_ok=True)
@@ -645,8 +641,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--json": {"action": "store_true", "help": "--predict: print one JSON object per line"}})
     if options.predict is None:
         return classify(config, options)
-    file = options.classifier or options.out / "classifier.pt"
-    load = partial(Classifier.load, file, options.bilstm, config.setting)
+    load = partial(Classifier.load, options.classifier or options.out / "classifier.pt", options.bilstm, config.setting)
     inference.print_predictions(load, options.predict, config.precision, options.json)
     return 0
 

@@ -4,29 +4,30 @@
     python report/bench.py --quick                      shorter measures, 3 minutes
     python report/bench.py --hidden 96 --rows 9000      any option of ELMO.py, for the training that is measured
 
-OUT/bench.json has the median of three repeats of every number. In each repeat every measure has one turn; the second
-repeat takes them in the opposite order. A warm-up before the first repeat does not count. A ratio is computed in each
-repeat, from that repeat's two numbers, before the median is taken.
+OUT/bench.json has the median over three repeats of every number. Each repeat runs all measures once, the second repeat
+in the opposite order. A warm-up before the first repeat does not count. Ratios are taken within a repeat.
 
-Measured on the device that trains (machine.device), a GPU or the CPU:
+Measured on machine.device, which is the GPU if there is one:
     tokens_per_second: training by ELMO.py; targets of both directions, end symbols included, padding left out
     classification_rows_per_second: training by classification.py, nine heads on the frozen biLM
-    busy_tokens_per_second, busy_classification_rows_per_second: the same beside a process that keeps one core busy
-    busy_over_idle_tokens, busy_over_idle_classification: the share of the idle speed that is left beside it
+    busy_tokens_per_second, busy_classification_rows_per_second: the same beside one process that keeps a core busy
+    busy_over_idle_tokens, busy_over_idle_classification: the busy speed divided by the idle speed
     common_loop_tokens_per_second, plain_loop_tokens_per_second: training by `common_loop` and `plain_loop` below
-    times_common_loop, times_plain_loop: tokens_per_second over these
-    step_seconds_{10k, 28k, 100k, 800k}: a training step with so many words, on the same rows;
-        largest_vocabulary_over_published: the time with 800k over that with 28k
-    embed_fp32_per_second, embed_bf16_per_second: descriptions through `ELMo.embed_stream`
-    predict_per_second: descriptions through `Classifier.predict`, in bf16 if it is fast
-Measured on the CPU (machine.cpu), also if a GPU trains:
-    tokenize_rows_per_second: descriptions, into an empty cache; tokenize_open_seconds: opening that cache again
+    times_common_loop, times_plain_loop: tokens_per_second divided by these
+    step_seconds_{10k, 28k, 100k, 800k}: a training step with a vocabulary of this size, on the same rows
+    largest_vocabulary_over_published: step_seconds_800k divided by step_seconds_28k
+    embed_fp32_per_second, embed_bf16_per_second: descriptions through `ELMo.embed_stream`, tokenized on the CPU
+    predict_per_second: descriptions through `Classifier.predict`, in bf16 if it is fast, tokenized on the CPU
+Measured on the CPU, machine.cpu, on every machine:
+    tokenize_rows_per_second: descriptions tokenized into an empty cache
+    tokenize_open_seconds: opening that cache again
     startup_seconds: `python ELMO.py --help`
-    training_memory_gb: peak main memory of this process after its first training steps; peak_memory_gb: at the end,
-        after the steps with 800,000 words. Memory of a GPU is in neither
-Not measured:
-    repeats [{number: value}, ..]; vocabulary (of the training), tokenized_rows, embedded_texts: sizes of the measures
-    command, quick, config, versions, machine, minutes (of the bench), load_before: the load average at the start
+    training_memory_gb, peak_memory_gb: largest main memory of this process after the first training steps, and at the
+        end, with a vocabulary of 800,000; a GPU's own memory is not counted
+    load_before: the system's load average before the bench
+Sizes and origin:
+    repeats [{number: value}, ..], vocabulary (size in training), tokenized_rows, embedded_texts
+    command, quick, config, versions, machine, minutes (of the whole bench)
 """
 import os
 import subprocess
@@ -61,11 +62,10 @@ from run.options import script, script_arguments
 REPEATS = 3
 SIZES = {"10k": 10_000, "28k": 28_000, "100k": 100_000, "800k": 800_000}        # words of the vocabularies
 COMMON_WORDS = 14_000
-SECONDS = 14.0          # how long a measure of training takes
-QUICK_SECONDS = 2.0     # the same for --quick
-READ_EVERY = 20         # training steps between two readings of the loss, each of which waits for a GPU
-TEXTS = 1000            # number of texts that are embedded and classified
-# `while True: pass`, but it ends if the bench is killed.
+SECONDS = 14.0          # that training is measured for
+QUICK_SECONDS = 2.0     # the same with --quick
+TEXTS = 1000            # embedded and classified
+# `while True: pass`, except that it ends if the bench is killed.
 BUSY = "import os, sys\nwhile os.getppid() == int(sys.argv[1]):\n    for _ in range(1_000_000): pass"
 RATIOS = {                                                  # name: (numerator, denominator)
     "busy_over_idle_tokens": ("busy_tokens_per_second", "tokens_per_second"),
@@ -77,10 +77,7 @@ RATIOS = {                                                  # name: (numerator, 
 
 # ------------------------------------------------------------------------------------------------ other loops
 class CommonModel(nn.Module):
-    """The model that most public solutions of this assignment have.
-
-    Each direction has an embedding, two LSTM layers and a softmax of its own; all vectors have 300 numbers.
-    """
+    """What public solutions of the assignment train: two LSTM layers of 300 per direction, and an untied softmax."""
 
     def __init__(self):
         super().__init__()
@@ -96,7 +93,7 @@ class CommonModel(nn.Module):
 
 
 class PlainModel(ELMO.BiLM):
-    """The biLM of ELMO.py with the full softmax and a dense gradient of the word table."""
+    """ELMo's biLM with the full softmax, whose gradient of the word table is dense."""
 
     def nll(self, d: int, x: Tensor, y: Tensor) -> Tensor:
         """Summed nll of direction d; x and y (T, B)."""
@@ -110,24 +107,22 @@ class PlainModel(ELMO.BiLM):
 
 @dataclass
 class Loop:
-    """The usual training loop: one direction after the other, then one dense update, with torch's default threads."""
+    """The usual training loop with torch's default threads: one direction after the other, then one dense update."""
     model: nn.Module
     optimizer: torch.optim.Optimizer
     encoded: Encoded
     batches: list[np.ndarray]
     device: torch.device
 
-    def step(self, number: int) -> tuple[Tensor, int]:
-        """One update; returns (summed nll, targets) of the batch."""
-        ids, gold = collate(self.encoded, self.batches[number % len(self.batches)])
-        targets = int((gold != PAD).sum())
-        x = ids.to(self.device)
-        y = gold.to(self.device)
-        total = torch.zeros((), device=self.device)
+    def step(self, number: int) -> tuple[float, int]:
+        """One update on batch `number`; returns its (summed nll, targets)."""
+        x, y = (ids.to(self.device) for ids in collate(self.encoded, self.batches[number % len(self.batches)]))
+        targets = int((y != PAD).sum())
+        total = 0.0
         for d in range(2):
             nll = self.model.nll(d, x[d], y[d])
             (nll / targets).backward()
-            total += nll.detach()
+            total += nll.item()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return total, targets
@@ -142,7 +137,7 @@ def common_loop(config: ELMO.Config, data: Data, device: torch.device) -> Loop:
 
 
 def plain_loop(config: ELMO.Config, data: Data, device: torch.device) -> Loop:
-    """The model, precision and batch size of ELMO.py, with the full softmax and dense AdamW for all weights."""
+    """The model, precision and batch size of ELMO.py, but the full softmax and one AdamW with dense gradients."""
     model = PlainModel(config, len(data.words)).to(device)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     adamw = torch.optim.AdamW(weights, lr=config.lr, weight_decay=0.0, fused=True)
@@ -151,10 +146,7 @@ def plain_loop(config: ELMO.Config, data: Data, device: torch.device) -> Loop:
 
 
 def resized(data: Data, size: int) -> Data:
-    """The same rows with a vocabulary of `size` words.
-
-    If there are more words, the rarest become <unk>. If there are fewer, words that are in no row are added.
-    """
+    """The same rows with `size` words: the rarest words become <unk>, or words that occur in no row are added."""
     words = data.words.words[:size] + [f"extra{i}" for i in range(size - len(data.words))]
     lookup = np.where(data.encoded.lookup < size, data.encoded.lookup, UNK)
     return Data(Vocabulary(words), replace(data.encoded, lookup=lookup), data.train, data.validation)
@@ -162,76 +154,68 @@ def resized(data: Data, size: int) -> Data:
 
 # -------------------------------------------------------------------------------------------------- measuring
 def training_speed(name: str, trainer, seconds: float) -> dict[str, float]:
-    """{name: tokens or rows per second} of the training steps 0, 1, 2, .. until `seconds` have passed.
-
-    A GPU computes while Python goes on; only reading a loss waits until all steps so far are done. Training itself
-    reads losses rarely, so here too they are read after every READ_EVERY steps, and after the last one.
-    """
-    total = 0
+    """{name: targets or rows per second}: runs the steps 0, 1, 2, .. until `seconds` have passed."""
+    items = 0
     begin = time.perf_counter()
     for number in count():
-        loss, *_, items = trainer.step(number)
-        total += items
-        if number % READ_EVERY == READ_EVERY - 1 or time.perf_counter() - begin >= seconds:
-            float(loss)                             # waits for the device
+        loss, *_, targets = trainer.step(number)
+        items += targets
+        if number % 20 == 0 or time.perf_counter() - begin >= seconds:
+            float(loss)                             # waits for a GPU
             elapsed = time.perf_counter() - begin
             if elapsed >= seconds:
-                return {name: total / elapsed}
+                return {name: items / elapsed}
 
 
 def busy_training_speed(name: str, trainer, seconds: float) -> dict[str, float]:
-    """The same beside another process that keeps one CPU core busy."""
+    """The same, with "busy_" before the name, beside another process that keeps a core busy."""
     with subprocess.Popen([sys.executable, "-c", BUSY, str(os.getpid())]) as process:
         try:
-            time.sleep(0.3)             # the process has started by then
+            time.sleep(0.3)             # the process needs a moment to start
             return training_speed(f"busy_{name}", trainer, seconds)
         finally:
             process.kill()
 
 
 def seconds_of(call: Callable) -> float:
-    """Seconds of one call."""
+    """Seconds that a call takes, its work on a GPU included."""
     begin = time.perf_counter()
     call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()                    # the last update of a step may still be under way
     return time.perf_counter() - begin
 
 
-def finished_step(trainer, number: int) -> None:
-    """One training step, and the wait until the device has done it."""
-    loss, *_ = trainer.step(number)
-    float(loss)
-
-
 def step_seconds(trainers: dict[str, ELMO.Trainer], seconds: float) -> dict[str, float]:
-    """Mean seconds of a step for each trainer, which takes about `seconds` per trainer.
+    """{step_seconds_NAME: mean seconds per step} of each trainer, from about `seconds` of training each.
 
-    All trainers do step 0, then all do step 1 in the opposite order, and so on. A step ends when the device is done.
+    All trainers run step 0, then all run step 1 in the opposite order, and so on.
     """
     spent = dict.fromkeys(trainers, 0.0)
     names = list(trainers)
     for number in count():
         for name in names:
-            spent[name] += seconds_of(partial(finished_step, trainers[name], number))
+            spent[name] += seconds_of(partial(trainers[name].step, number))
         names.reverse()
         if number % 2 == 1 and sum(spent.values()) >= seconds * len(trainers):
             return {f"step_seconds_{name}": total / (number + 1) for name, total in spent.items()}
 
 
 def tokenizing(texts: list[str]) -> dict[str, float]:
-    """The speed of tokenizing into an empty cache, and the seconds of doing so again, which only opens the cache."""
+    """Speed of tokenizing into an empty cache, and seconds of a second call, which only opens the cache."""
     with TemporaryDirectory() as cache:
         first, second = (seconds_of(partial(tokenize_texts, texts, Path(cache))) for _ in range(2))
     return {"tokenize_rows_per_second": len(texts) / first, "tokenize_open_seconds": second}
 
 
 def startup() -> dict[str, float]:
-    """The seconds of a process that prints the help of ELMO.py."""
+    """Seconds of a process that prints the help of ELMO.py."""
     command = [sys.executable, str(ELMO.HERE / "ELMO.py"), "--help"]
     return {"startup_seconds": seconds_of(partial(subprocess.run, command, stdout=subprocess.DEVNULL, check=True))}
 
 
 def interleaved(measures: Sequence[Callable[[], dict]]) -> list[dict]:
-    """The numbers of each repeat, in which every measure has one turn, so that a slow minute slows more than one."""
+    """The numbers of each repeat. Each repeat runs all measures, so that a slow minute affects several of them."""
     repeats = [{} for _ in range(REPEATS)]
     for number, repeat in enumerate(repeats):
         for measure in measures if number % 2 == 0 else reversed(measures):
@@ -243,7 +227,7 @@ def interleaved(measures: Sequence[Callable[[], dict]]) -> list[dict]:
 
 
 def inference(classifier: classification.Classifier, texts: list[str]) -> dict[str, float]:
-    """How many descriptions per second are embedded, in two precisions, and classified."""
+    """Descriptions per second: embedded in fp32, embedded in bf16, and classified."""
     calls = {"embed_fp32_per_second": lambda: deque(classifier.elmo.embed_stream(texts, "fp32"), maxlen=0),
              "embed_bf16_per_second": lambda: deque(classifier.elmo.embed_stream(texts, "bf16"), maxlen=0),
              "predict_per_second": lambda: classifier.predict(texts, "auto")}
@@ -258,15 +242,15 @@ def bench(config: ELMO.Config, seconds: float) -> dict:
     data = Data.of_ag_news(config, CACHE)
     rows = data.texts[0] + data.texts[1]
     texts = data.texts[1][:TEXTS]
-    on_cpu = interleaved([partial(tokenizing, rows), startup])      # first: with much memory, a fork is slow
+    on_cpu = interleaved([partial(tokenizing, rows), startup])      # first, because a small process forks faster
     trainers = {"tokens_per_second": ELMO.Trainer(config, data, device)}
     training_speed("warm-up", trainers["tokens_per_second"], seconds / 2)
     memory = peak_memory_gb()
-    heads = classification.Config(seeds=3)                          # nine heads: three settings, three seeds each
+    heads = classification.Config(seeds=3)                          # nine heads: three seeds in three settings
     part = EncodedTexts(ag_news_part(read_ag_news("train"), heads.fields), classifier.elmo, CACHE)
     trainers["classification_rows_per_second"] = classification.Trainer(
         heads, classification.ELMoVectors(classifier.elmo.model), {"train": part}, 4)
-    words = replace(data, encoded=replace(data.encoded, chars=None))        # the other loops read word ids only
+    words = replace(data, encoded=replace(data.encoded, chars=None))        # both loops read word ids, not characters
     trainers["common_loop_tokens_per_second"] = common_loop(config, words, device)
     trainers["plain_loop_tokens_per_second"] = plain_loop(config, words, device)
     sizes = {name: ELMO.Trainer(config, resized(data, size), device) for name, size in SIZES.items()}
@@ -277,7 +261,7 @@ def bench(config: ELMO.Config, seconds: float) -> dict:
         if "loop" not in name:
             measures.append(partial(busy_training_speed, name, trainer, seconds))
     step_seconds(sizes, 0)                                          # warm-up
-    inference(classifier, texts[:50])
+    inference(classifier, texts[:50])                               # warm-up
     repeats = [first | second for first, second in zip(on_cpu, interleaved(measures), strict=True)]
     for repeat in repeats:
         repeat.update({name: repeat[above] / repeat[below] for name, (above, below) in RATIOS.items()})
@@ -297,7 +281,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     result |= provenance(find_device(), time.perf_counter() - begin)
     result |= {"load_before": load, "quick": options.quick, "config": asdict(config)}
     write_json(options.out / "bench.json", result)
-    print(f"\nmedians of {REPEATS} repeats; `python report/bench.py --help` explains the names")
     for name in result["repeats"][0]:
         print(f"{name:<42}{result[name]:>14,.3f}")
     return 0

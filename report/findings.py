@@ -1,32 +1,33 @@
-"""The paper's findings at the scale of AG News: one function each, models/findings.json, and their figures.
+"""Measures the paper's findings on AG News, one function per finding; writes models/findings.json and figures.
 
-    python report/findings.py                   make all findings, under 90 minutes on two cores
-    python report/findings.py --resume          continue after a stop; skips finished findings and runs of `labels`
-    python report/findings.py --only senses     make only these findings; the others stay in the file as they are
+    python report/findings.py                   measures all findings again, under 90 minutes on two cores
+    python report/findings.py --resume          continues after a stop; finished findings and runs of `labels` stay
+    python report/findings.py --only senses     measures only the named findings; the others stay as they are
 
 findings.json: bilm (digest), and for each finding its command, versions, machine, minutes, peak_memory_gb and
-    labels (figure 1 of the paper): static (baselines.STATIC_VECTORS), shares (% of the training rows), rows, chosen_on
-        (validation rows that choose weights or, for tfidf, hyperparameters), measured (test rows), systems.{elmo,
-        word2vec, tfidf}: for each share {test, validation}, the accuracies of the seeds. Each seed draws rows of its
-        own, the same ones for all systems; the numbers for all rows are those of baselines.json
-    mixes (tables 2 and 3): rows, seeds, epochs, variants.{name}: {validation, test: {mean, std}, s: of the first seed}
-    senses (section 5.3; the sense of a use is taken to be the class of its row): rule, pool, voters, uses, majority
-        (share of the uses that have the word's most frequent class in its pool), layers (share of the uses whose
-        nearest neighbour has their class), votes (share whose class is the one for which the nearest neighbours vote,
-        weighted by cosine), interval (of the votes; 95 %, bootstrap over words), words.{word} and validation: the same
-        for a word and for validation rows; best: the layer with the best votes there. In layer 0 all uses are equally
-        near: layers has the expected share, votes the majority. A neighbour is a use of the word in a training row that
-        is no near copy (senses.COPIED_WORDS); a use that has no neighbour is in none of the numbers
+    labels (figure 1 of the paper): static (baselines.STATIC_VECTORS), shares (% of the training rows), rows (number of
+        them), chosen_on (number of validation rows that choose the weights or, for tfidf, the hyperparameters),
+        measured (number of test rows), systems.{elmo, word2vec, tfidf}: for each share {test, validation}, the accuracy
+        of each seed. A seed draws the labelled rows, the same ones for all systems. The last share, 100 %, is taken
+        from baselines.json
+    mixes (tables 2 and 3): rows, seeds, epochs, variants.{name}: {validation, test: {mean, std}, s of the first seed}
+    senses (section 5.3; the sense of a use is taken to be the class of its row): rule, pool, voters, uses (number of
+        uses in test rows; a use counts only if the pool has a use in a training row that is no near copy of its row),
+        majority (share of the uses that have the word's most frequent class in its pool), layers (share whose nearest
+        use in training rows has their class), votes (share that has the class for which the nearest uses vote by
+        cosine), interval (of the votes; 95 %, bootstrap over words), words.{word} and validation: the same for a word
+        and for validation rows; best: the layer with the best votes there. In layer 0 all uses are equally near:
+        layers has the expected share, votes the majority
     neighbours (table 4): words [{word, static (nearest words by x), uses}], uses [{text, label, nearest,
-        nearest_label, cosine}]: uses in test rows and their nearest neighbour, which is no near copy here either
+        nearest_label, cosine}]; here too, no nearest use is in a near copy
     weights (figure 2): tasks.{name}: s and gamma of each seed
     heatmap: text, tokens, layers: cosine similarity of every two words
     map: rows, x, y, labels, names: t-SNE of the documents' mean vectors; same: share of the rows whose nearest mean
-        vector by cosine has their class, near copies included; same_static: the same for the means of layer 0
+        vector by cosine has the same class, near copies included; same_static: the same for the means of layer 0
     settings (the assignment's question): rows, pairs [{one, other} and run.metrics.mcnemar of their ensembles]
-    leaks: rows, changed (rows in which every state of the new word changed), moved_forward_before, moved_backward_after
-        (how many states changed that must not, over layers and words); example: tokens, changed_word, new, forward and
-        backward [|change| of layers 1 and 2 at each word]
+    leaks: rows, changed (number of rows in which every state of the new word changed), moved_forward_before,
+        moved_backward_after (number of states that changed but must not, over layers and words); example: tokens,
+        changed_word, new, forward and backward [|change| of layers 1 and 2 at each word]
 """
 import math
 import shutil
@@ -65,7 +66,7 @@ from run.options import Parser, script
 
 SEEDS = {0.1: 5, 0.3: 5, 1.0: 5, 3.0: 5, 10.0: 2, 30.0: 1}      # {% of the training rows that have labels: seeds}
 PARTS = ("test", "validation")
-EVALUATIONS = 3                                                 # evaluations of a run on the validation rows
+EVALUATIONS = 3                                                 # of each run, on validation rows
 RUNS = HERE / "build" / "findings"                              # finished runs of `labels`
 TASKS = {"classification": "AG News", "finetuned": "AG News, biLM fine-tuned", "sst5": "SST, 5 classes",
          "sst2": "SST, 2 classes", "nli": "NLI"}
@@ -75,8 +76,8 @@ TASKS = {"classification": "AG News", "finetuned": "AG News, biLM fine-tuned", "
 class Inputs:
     """What every finding starts from.
 
-    folder: where the published files are. quarter: every fourth validation row; these rows choose a run's weights.
-    parts: the texts of `quarter` as "validation" and of all test rows as "test".
+    folder: with the published files. quarter: the validation rows that choose the weights. parts: quarter and all test
+    rows, encoded.
     """
     folder: Path
     elmo: ELMo
@@ -86,7 +87,7 @@ class Inputs:
 
     @classmethod
     def read(cls, folder: Path) -> "Inputs":
-        """The inputs with the biLM in a folder."""
+        """The inputs for the biLM in a folder."""
         elmo = ELMo.load(folder / "bilstm.pt")
         task = read_task(Config(), elmo.config)
         quarter = task.validation.take(np.arange(0, len(task.validation), 4))
@@ -94,11 +95,11 @@ class Inputs:
         return cls(folder, elmo, task, quarter, parts)
 
     def published(self, name: str) -> dict:
-        """The content of a JSON file of the folder; InputError if it is missing, damaged or of another biLM."""
+        """The content of a JSON file in the folder; InputError if it is missing, damaged or made with another biLM."""
         path = self.folder / f"{name}.json"
         with read_json(path) as result:
             if result["bilm"] != self.elmo.digest:
-                raise InputError(f"{path} is of another biLM; run its command again first")
+                raise InputError(f"{path} was made with another biLM; make it again first")
         return result
 
     @cached_property
@@ -118,7 +119,7 @@ class Inputs:
 
     @cached_property
     def vectorizers(self) -> dict[int, TfidfVectorizer]:
-        """The TF-IDF vectorizers that `tfidf` takes."""
+        """The TF-IDF weights that `tfidf` needs."""
         return count_words(self.task.corpus)
 
 
@@ -142,10 +143,10 @@ def accuracies(trainer: Trainer, texts: EncodedTexts) -> dict[str, list[float]]:
 
 
 def few_labels(inputs: Inputs, system: str, share: float, seed: int, recipe: str) -> dict:
-    """{"test", "validation"}: accuracy of one system with `share` % of the labels, drawn by the seed; minutes.
+    """{"test", "validation", "minutes"}: accuracies of one system with `share` % of the labels, drawn by the seed.
 
-    ELMo and Word2Vec have the same options, which were chosen on validation rows with 1 % of the labels. recipe: what
-    the result also depends on, so that a result on disk is reused only if it is the same.
+    ELMo and Word2Vec have the same options, chosen on validation rows with 1 % of the labels. recipe: everything else
+    that the result depends on; a result on disk is used again only if it is the same.
     """
     begin = time.perf_counter()
     rows = round(len(inputs.task.train) * share / 100)
@@ -163,7 +164,7 @@ def few_labels(inputs: Inputs, system: str, share: float, seed: int, recipe: str
 
 
 def labels(inputs: Inputs) -> dict:
-    """Test accuracy of ELMo, Word2Vec and TF-IDF with few labelled rows; vectors and counts are made from all texts."""
+    """Test accuracy of ELMo, Word2Vec and TF-IDF with few labelled rows. Vectors and counts come from all texts."""
     total = len(inputs.task.train)
     recipe = (f"{inputs.elmo.digest} {total} rows {machine.versions()} {Config()} {EVALUATIONS} {STATIC_VECTORS} "
               f"{LINEAR_MODELS}")
@@ -186,7 +187,7 @@ def labels(inputs: Inputs) -> dict:
 
 
 def mixes(inputs: Inputs) -> dict:
-    """Compares single layers with all, values of lambda, and the places of ELMo in a head, with 5 % of the labels."""
+    """All VARIANTS, trained side by side on a twentieth of the labels."""
     config = VariantConfig(rows=len(inputs.task.train) // 20, seeds=3, epochs=5.0)
     trainer = trained(config, ELMoAndWord2Vec(inputs.elmo, inputs.word2vec), inputs, VariantTrainer)
     found = {part: accuracies(trainer, texts) for part, texts in inputs.parts.items()}
@@ -202,7 +203,7 @@ def mixes(inputs: Inputs) -> dict:
 
 def senses(inputs: Inputs) -> dict:
     """Senses in test rows, and in validation rows, which choose the best layer."""
-    few = MIN_USES // 2                         # the test split has about twice as many rows
+    few = MIN_USES // 2                         # there are about half as many validation rows as test rows
     validation = sense_accuracy(uses_by_word(inputs.elmo, inputs.task, "validation", inputs.train_tokens, few))
     return sense_accuracy(inputs.test_uses) | {
         "rule": RULE, "pool": POOL, "voters": VOTERS, "best": int(np.argmax(validation["votes"])),
@@ -210,12 +211,12 @@ def senses(inputs: Inputs) -> dict:
 
 
 def neighbours(inputs: Inputs) -> dict:
-    """The most evenly ambiguous words, the nearest words by x, and the nearest uses of two of their test uses."""
+    """The most evenly ambiguous words: the nearest words by x, and two test uses with their nearest training uses."""
     return {"words": nearest_uses(inputs.test_uses, inputs.elmo, inputs.task)}
 
 
 def weights(inputs: Inputs) -> dict:
-    """s and gamma that each task learned, for every seed, from the JSON of its run."""
+    """s and gamma that each task learned, for every seed, from the JSON file of its run."""
     tasks = {}
     for name, title in TASKS.items():
         if (inputs.folder / f"{name}.json").exists():
@@ -225,7 +226,7 @@ def weights(inputs: Inputs) -> dict:
 
 
 def settings(inputs: Inputs) -> dict:
-    """Compares every two settings of the classifier by the predictions of their ensembles for the test rows."""
+    """Compares every two of the classifier's settings by the test rows that their ensembles predict right."""
     correct = {}
     for name, numbers in inputs.published("classification")["settings"].items():
         correct[name] = np.array(list(numbers["predictions"]), dtype=int) == inputs.task.test.labels
@@ -243,13 +244,14 @@ def heatmap(inputs: Inputs) -> dict:
 
 
 def document_map(inputs: Inputs, rows: int = 2_000) -> dict:
-    """t-SNE of the mean over words and layers of some test rows."""
+    """t-SNE of `rows` test rows, each as its mean vector over words and layers."""
     test = inputs.task.test
     part = test.take(np.sort(np.random.default_rng(0).permutation(len(test))[:rows]))
     means = [h.mean(dim=1) for h in inputs.elmo.embed_stream(texts_of(part), "bf16")]
     layers = torch.stack(means, dim=1)                                          # (3, rows, D)
 
     def same_class(vectors: Tensor) -> float:
+        """Share of the rows whose nearest vector (rows, D) is of a row of the same class."""
         neighbours = NearestNeighbors(n_neighbors=1, metric="cosine").fit(vectors).kneighbors(return_distance=False)
         return float((part.labels[neighbours[:, 0]] == part.labels).mean())
 
@@ -261,7 +263,11 @@ def document_map(inputs: Inputs, rows: int = 2_000) -> dict:
 
 
 def leaks(inputs: Inputs, rows: int = 500) -> dict:
-    """Changes one word of a row and counts the states that change, by direction and position."""
+    """Counts the states that change if one word of a row is replaced.
+
+    Forward states before it and backward states after it must not change. If they do, a language model sees words that
+    it predicts.
+    """
     elmo = inputs.elmo
     generator = np.random.default_rng(0)
     counts = dict.fromkeys(("rows", "changed", "moved_forward_before", "moved_backward_after"), 0)
@@ -272,9 +278,9 @@ def leaks(inputs: Inputs, rows: int = 500) -> dict:
         k = int(generator.integers(len(tokens)))
         other = [*tokens[:k], "microsoft" if "iraq" in tokens else "iraq", *tokens[k + 1:]]
         if any(elmo.tokenize(" ".join(words)) != words for words in (tokens, other)):
-            continue                            # tokenized again, these tokens would be other ones
-        before, = elmo.embed([" ".join(tokens)])                                # two calls: two rows of one batch
-        after, = elmo.embed([" ".join(other)])                                  # may be rounded differently
+            continue                            # joined with spaces, these tokens would be tokenized in another way
+        before, = elmo.embed([" ".join(tokens)])                                # two calls: in one batch, equal rows
+        after, = elmo.embed([" ".join(other)])                                  # may be rounded in different ways
         difference = (before - after).unflatten(2, (2, -1))                     # (3, n, 2, P): layer, word, direction
         moved = difference.ne(0).any(dim=3)                                     # (3, n, 2)
         counts["rows"] += 1
@@ -298,10 +304,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, 2 for an input that the user can fix, 130 after Ctrl-C; finished findings stay in the file."""
     parser = Parser(prog="findings.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=HERE / "models",
-                        help="folder of the published files and of findings.json (default models/)")
+                        help="folder with the published files; findings.json is written there")
     parser.add_argument("--only", default=",".join(FINDINGS),
-                        help="make these findings, separated by commas (default %(default)s)")
-    parser.add_argument("--resume", action="store_true", help="skip findings that are finished for this biLM")
+                        help="the findings to measure, separated by commas (default %(default)s)")
+    parser.add_argument("--resume", action="store_true", help="skip the findings that are finished for this biLM")
     options = parser.parse_args(argv)
     wanted = options.only.split(",")
     for name in wanted:
@@ -314,7 +320,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with read_json(file) as earlier:
             if earlier["bilm"] == inputs.elmo.digest:
                 result = earlier
-    if not options.resume:          # the old findings leave the file now, so that --resume after a stop makes them
+    if not options.resume:          # what is measured again leaves the file first, so that --resume can continue
         result = {name: content for name, content in result.items() if name not in wanted}
         write_json(file, result)
         if "labels" in wanted:

@@ -4,7 +4,6 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from run.files import InputError
 
@@ -19,7 +18,7 @@ def lr_factor(step: int, steps: int) -> float:
 
 
 def clip_gradients(weights: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scales the whole gradient of some weights to a norm of at most `max_norm`; returns the norm () before.
+    """Scales all gradients by one factor to a total norm of at most `max_norm`; returns the norm () before scaling.
 
     `nn.utils.clip_grad_norm_` refuses sparse gradients. The norm of a coalesced one is the norm of its values.
     """
@@ -42,8 +41,8 @@ def clip_gradients(weights: Iterable[nn.Parameter], max_norm: float) -> Tensor:
 def check_loss(loss: Tensor | float, norm: Tensor | float, items: int, first: int, last: int) -> None:
     """Raises InputError if training has diverged in the steps `first` to `last`.
 
-    It has if the loss, summed over `items` tokens or rows, or the gradient norm, summed over the steps, is not finite,
-    or if the mean loss is above MAX_NLL. Reading the two numbers makes the program wait for a GPU.
+    That means: the loss or the gradient norm is not finite, or the mean loss is above MAX_NLL. loss: summed over
+    `items` tokens or rows; norm: summed over the steps. Reading them makes the program wait for a GPU.
     """
     nll = float(loss) / max(1, items)
     norm = float(norm)
@@ -67,14 +66,14 @@ class Optimizers:
 
     @property
     def groups(self) -> list[dict]:
-        """The groups of all optimizers; `load_state_dict` makes new ones."""
+        """The groups of all optimizers. They are not stored here, because load_state_dict replaces them."""
         groups = []
         for optimizer in self.optimizers:
             groups += optimizer.param_groups
         return groups
 
     def freeze(self, done: float) -> None:
-        """Removes the gradients of all groups that start to learn later than at the share `done` of the steps."""
+        """Sets .grad to None in all groups that do not learn yet; done: the share of the steps that are done."""
         for group in self.groups:
             if done < group["start"]:
                 for weight in group["params"]:
@@ -109,13 +108,12 @@ def dropout_mask(p: float, shape: tuple[int, ...], generator: torch.Generator) -
     return torch.empty(shape, device=generator.device).bernoulli_(1 - p, generator=generator).div_(1 - p)
 
 
-def moving_average(modules: nn.Module, decay: float) -> AveragedModel:
-    """A copy of the modules for averages of their weights: each update sets a to d a + (1 - d) new.
+@torch.no_grad()
+def update_average(average: nn.Module, modules: nn.Module, count: int, decay: float) -> None:
+    """Moving average: sets each weight a of `average` to d a + (1 - d) w, where w is the same weight of `modules`.
 
-    d rises to `decay` at first: after n updates it is n / (n + 9) if that is less.
+    d is `decay`, but at most count / (count + 9) after `count` updates. So the first update copies w.
     """
-    def update(average: Tensor, new: Tensor, count: Tensor) -> Tensor:
-        """The new average of one weight after `count` updates."""
-        d = min(decay, float(count) / (float(count) + 9))
-        return average.lerp(new, 1 - d)
-    return AveragedModel(modules, avg_fn=update)
+    d = min(decay, count / (count + 9))
+    for a, new in zip(average.parameters(), modules.parameters(), strict=True):
+        a.lerp_(new, 1 - d)

@@ -48,7 +48,7 @@ def read_toml(path: str, known: set[str]) -> dict:
     try:
         values = tomllib.loads(text)
     except ValueError as error:     # TOMLDecodeError, or a number with thousands of digits
-        raise InputError(f"{path}: is not TOML ({error})") from None
+        raise InputError(f"{path} is not TOML ({error})") from None
     unknown = sorted(set(values) - known)
     if unknown:
         raise InputError(f"{path}: {unknown[0]!r} is no option; --help lists them")
@@ -79,7 +79,8 @@ def script_arguments(argv: Sequence[str] | None, config_class: type, name: str, 
                      extra: dict[str, dict]):
     """(config, others) of a script's command line; the command line wins over the TOML file.
 
-    others: --out, --resume, --config and the flags in `extra`, {flag: settings of add_argument}. Raises InputError.
+    others: --out, --resume, --overwrite, --config, and the flags in `extra`, {flag: settings of add_argument}. Raises
+    InputError for an option that is unknown or has a wrong value.
     """
     parser = Parser(prog=name, description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default=out, type=Path, help=f"folder that the run writes (default {out.name}/)")
@@ -104,10 +105,10 @@ def script_arguments(argv: Sequence[str] | None, config_class: type, name: str, 
 def script(name: str) -> Callable:
     """Decorates main(argv) -> exit status: a wrong input becomes one sentence and status 2, Ctrl-C status 130."""
     def decorate(main: Callable[..., int]) -> Callable[..., int]:
-        """`main` inside `run`, under its own name."""
+        """`main`, but what it raises becomes an exit status."""
         @wraps(main)
         def run(argv: Sequence[str] | None = None) -> int:
-            """The exit status of `main`, or that of what it raises, whose sentence goes to standard error."""
+            """Runs main; returns its exit status, or prints the sentence of what it raised and returns 2 or 130."""
             try:
                 return main(argv)
             except InputError as error:

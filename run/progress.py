@@ -141,15 +141,15 @@ class Run:
         self.save_time = self.clock
 
     def load(self, state: dict) -> None:
-        """Sets trainer and counters to a state that `save` wrote. With `--precision auto` its precision stays."""
+        """Sets trainer and counters to a state that `save` wrote. --precision auto keeps its precision."""
         try:
             self.trainer.load_state(state["trainer"])
             for name in self.SAVED:
                 setattr(self, name, state["run"][name])
             dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[state["precision"]]
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise InputError(f"{self.file} does not hold such a run ({one_line(error)}); start anew without "
-                             "--resume") from None
+            raise InputError(f"{self.file} cannot be resumed ({one_line(error)}); start anew without --resume"
+                             ) from None
         if self.trainer.config.precision not in ("auto", state["precision"]):
             raise InputError(f"{self.file} was computed in {state['precision']}, not {self.trainer.config.precision}; "
                              f"give --precision {state['precision']}, or start anew without --resume")
@@ -187,13 +187,16 @@ class Run:
         return self.step == self.trainer.steps
 
     def due(self, step: int) -> bool:
-        """Whether the weights before this step must be evaluated: once at the end of each interval."""
+        """Whether the weights before this step must be evaluated: once at the end of each interval.
+
+        A run that is resumed right after an evaluation must not repeat it, so the last one in the history counts.
+        """
         end_of_interval = step == self.trainer.steps or step % self.trainer.interval == 0
         last = self.history[-1]["step"] if self.history else 0
         return end_of_interval and step > last
 
     def save_best(self, evaluate: Callable[[float], tuple[float, dict, str]]) -> None:
-        """Adds an evaluation to the history, saves the weights if they are the best so far, and saves the state.
+        """Evaluates: adds to the history, keeps a copy of the weights if they are the best so far, saves the state.
 
         `evaluate(mean training loss since the last evaluation)` returns (loss, entry, sentence): the weights with the
         lowest loss are the best, the entry goes into the history, the sentence is printed. The time of an evaluation
@@ -219,10 +222,10 @@ class Run:
         self.save()
 
     def stop(self) -> bool:
-        """Whether the run ends before this step, because it is complete or was asked to stop; saves the state then."""
+        """Whether the run ends before this step: it is complete, or a user asked it to stop, and its state is saved."""
         if self.finished:
             return True
-        votes = torch.tensor([float(self.stop_event.is_set())], device=self.trainer.device)
+        votes = torch.tensor([float(self.stop_event.is_set())])        # on the CPU, so that no step waits for a GPU
         votes, = sum_over_processes([votes])         # so that all processes stop before the same step
         if votes == 0:
             return False

@@ -5,47 +5,59 @@ A published run is a JSON file of numbers in OUT, with its options under "config
 """
 from argparse import Namespace
 from dataclasses import asdict
-from pathlib import Path
 
 from run.files import InputError, read_json
 
 ADVICE = "choose another --out, or give --overwrite"
+NUMBERS = {"bilstm": "pretraining", "classifier": "classification"}     # JSON by .pt file, if their names differ
 
 
 def options_of_weights(config) -> dict:
-    """The options that decide the weights of a run. `precision` is no such option, since "auto" can mean two types."""
+    """The options that decide the weights, except precision: "auto" can mean two types, which `Run` compares."""
     others = ("precision", "log_every", "save_every", "track")
     return {name: value for name, value in asdict(config).items() if name not in others}
 
 
-def finished_already(file: Path, model: Path, config, source: dict[str, str], resume_file: Path,
-                     options: Namespace) -> bool:
-    """Whether --resume finds nothing left to do, because `file` is of this run and there is no state to resume.
+class Publication:
+    """The files of a run in OUT: `json`, its numbers; OUT/{name}.pt, its weights; until it has ended, `resume_file`.
 
-    file, model: the JSON and .pt file that the run would write; source: the digests of its data, by their key in the
-    JSON; options: the command's resume and overwrite. Raises InputError if another run has published in the folder.
+    options: out, resume and overwrite of the command line. Without --overwrite, InputError if OUT has the files of
+    another run. Other options are found here, at once; other data or another biLM by `finished`, when they are read.
     """
-    unfinished = options.resume and resume_file.exists()
-    if options.overwrite:
-        return False
-    if not file.exists():
-        if model.exists() and not unfinished:
-            raise InputError(f"{model} exists without {file.name}, so nobody knows which run wrote it; {ADVICE}")
-        return False
-    check_same_run(file, config, source)
-    if options.resume and not unfinished:
-        print(f"finished already: {file} has the numbers of this run")
+
+    def __init__(self, name: str, config, options: Namespace):
+        model = options.out / f"{name}.pt"
+        self.json = options.out / f"{NUMBERS.get(name, name)}.json"
+        self.resume_file = options.out / f"{name}.resume.pt"
+        self.options = options
+        self.unfinished = options.resume and self.resume_file.exists()
+        if options.overwrite:
+            return
+        if self.json.exists():
+            self.check_options(config)
+        elif model.exists() and not self.unfinished:
+            raise InputError(f"{model} exists without {self.json.name}, so nobody knows which run wrote it; {ADVICE}")
+
+    def check_options(self, config) -> None:
+        """Raises InputError if the numbers in the JSON are those of other options."""
+        with read_json(self.json) as result:
+            saved = asdict(type(config)()) | result["config"]       # the default of an option that the file lacks
+            for name, value in options_of_weights(config).items():
+                if saved[name] != value:
+                    raise InputError(f"{self.json} is of a run with {name} = {saved[name]}, not {value}; {ADVICE}")
+
+    def finished(self, source: dict[str, str]) -> bool:
+        """True if --resume is given, but the run is complete: OUT has its JSON and no state to resume.
+
+        source: the digests of the run's data and biLM, by their keys in the JSON. Raises InputError if they are others.
+        """
+        if self.options.overwrite or not self.json.exists():
+            return False
+        with read_json(self.json) as result:
+            for name, other in (("data", "other data"), ("bilm", "another biLM")):
+                if name in source and result.get(name) != source[name]:
+                    raise InputError(f"{self.json} is of a run on {other}; {ADVICE}")
+        if not self.options.resume or self.unfinished:
+            return False
+        print(f"finished already: {self.json} has the numbers of this run")
         return True
-    return False
-
-
-def check_same_run(file: Path, config, source: dict[str, str]) -> None:
-    """Raises InputError if the numbers in `file` are of other options or other data."""
-    with read_json(file) as result:
-        saved = asdict(type(config)()) | result["config"]       # the default of an option that is newer than the file
-        for name, value in options_of_weights(config).items():
-            if saved[name] != value:
-                raise InputError(f"{file} is of a run with {name} = {saved[name]}, not {value}; {ADVICE}")
-        for name, digest in source.items():
-            if result.get(name) != digest:
-                raise InputError(f"{file} is of a run on another {name.replace('_', ' ')}; {ADVICE}")

@@ -3,7 +3,7 @@ import io
 import json
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -17,17 +17,56 @@ import ELMO
 from data import sample
 from data.ag_news import read_csv
 from data.tasks import EncodedTexts, Part
+from run import figures
+from run.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"ELMO.py": ELMO, "classification.py": classification}
 FILES = {"ELMO.py": "bilstm.pt", "classification.py": "classifier.pt"}
 SMALL = {
     "ELMO.py": "--hidden 12 --validation 60 --epochs 3 --batch-tokens 300 --negatives 50 --lr 0.01 --table-lr 0.01 "
-               "--min-count 2 --log-every 20 --save-every 0.1",
+               "--min-count 2 --log-every 20 --save-every 0.1 --precision bf16",
     "classification.py": "--hidden 6 --setting trainable --seeds 2 --batch-tokens 300 --epochs 2 --log-every 20 "
                          "--save-every 0.1 --precision fp32"}
 torch.set_num_threads(1)        # small models are not faster with more, and do not wait for a busy core
 SENTENCES = ["oil prices fall .", "the cat sat on the mat .", "he won the match today , said the coach .", "goal !"]
+
+HAS_GPU = torch.cuda.is_available()
+hidden = pytest.MonkeyPatch()
+
+
+def hide_gpu() -> None:
+    """Lets torch and child processes say that there is no GPU, so that results do not depend on the machine."""
+    hidden.setattr(torch.cuda, "is_available", lambda: False)
+    hidden.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+hide_gpu()                      # now, because fixtures of the session are made before the first test begins
+
+
+@pytest.fixture(autouse=True)
+def gpu_for_marked_tests(request) -> Iterator[None]:
+    """A test marked `cuda` sees the GPU, and is skipped if there is none."""
+    marked = request.node.get_closest_marker("cuda") is not None
+    if marked and not HAS_GPU:
+        pytest.skip("no CUDA device here")
+    if marked:
+        hidden.undo()
+    yield
+    if marked:
+        hide_gpu()
+
+
+def save_empty(figure, path: Path) -> None:
+    """Takes the place of run.figures.save: an empty file, because drawing takes longer than a small run."""
+    write_atomically(path, lambda file: None)
+
+
+@pytest.fixture(autouse=True)
+def figures_are_empty(request, monkeypatch) -> None:
+    """Only tests marked `figures` draw; so does `whole`, because a fixture of the session is made before this one."""
+    if request.node.get_closest_marker("figures") is None:
+        monkeypatch.setattr(figures, "save", save_empty)
 
 
 # ------------------------------------------------------------------------------------------------- small models

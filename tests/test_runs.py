@@ -8,6 +8,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import matplotlib.image
 import numpy as np
 import pytest
 import torch
@@ -33,6 +34,8 @@ def test_both_scripts_write_their_models_numbers_and_figures_and_nothing_else(wh
     assert files(whole) == [
         "bilstm.pt", "classification.json", "classifier.pt", *[f"figures/confusion_{name}.png" for name in confusions],
         "figures/curves_classification.png", "figures/curves_pretraining.png", "pretraining.json"]
+    for picture in (whole / "figures").iterdir():
+        assert min(matplotlib.image.imread(picture).shape[:2]) > 400, "at least 2 inches of 200 dots"
     result = numbers("pretraining", whole)
     assert result["splits"]["test"]["rows"] == 100
     assert result["splits"]["test"]["fresh"]["rows"] > 90
@@ -250,7 +253,7 @@ def test_a_resume_state_of_other_options_or_damaged_is_refused(builtin, tmp_path
     file.write_bytes(content)
     assert "does not match its digest" in refused("ELMO.py", argv, tmp_path)
     write_resume(file, trainer.identity(), {})
-    with pytest.raises(InputError, match="does not hold such a run"):
+    with pytest.raises(InputError, match="cannot be resumed"):
         Run(trainer, file, resume=True)
 
 
