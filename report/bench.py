@@ -114,15 +114,17 @@ class Loop:
     batches: list[np.ndarray]
     device: torch.device
 
-    def step(self, number: int) -> tuple[float, int]:
-        """One update on batch `number`; returns its (summed nll, targets)."""
-        x, y = (ids.to(self.device) for ids in collate(self.encoded, self.batches[number % len(self.batches)]))
-        targets = int((y != PAD).sum())
-        total = 0.0
+    def step(self, number: int) -> tuple[Tensor, int]:
+        """One update on batch `number`; returns its (summed nll, targets), without waiting for a GPU to compute it."""
+        ids, gold = collate(self.encoded, self.batches[number % len(self.batches)])
+        targets = int((gold != PAD).sum())
+        x = ids.to(self.device)
+        y = gold.to(self.device)
+        total = torch.zeros((), device=self.device)
         for d in range(2):
             nll = self.model.nll(d, x[d], y[d])
             (nll / targets).backward()
-            total += nll.item()
+            total += nll.detach()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return total, targets
