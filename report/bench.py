@@ -56,7 +56,7 @@ from data.batches import batches, collate
 from data.tasks import EncodedTexts, ag_news_part
 from data.text import PAD, UNK, Data, Encoded, Vocabulary, tokenize_texts
 from run.files import write_json
-from run.machine import autocast, compute_dtype, find_device, peak_memory_gb, provenance
+from run.machine import autocast, compute_dtype, find_device, peak_memory_gb, provenance, upload
 from run.options import script, script_arguments
 
 REPEATS = 3
@@ -118,8 +118,8 @@ class Loop:
         """One update on batch `number`; returns its (summed nll, targets), without waiting for a GPU to compute it."""
         ids, gold = collate(self.encoded, self.batches[number % len(self.batches)])
         targets = int((gold != PAD).sum())
-        x = ids.to(self.device)
-        y = gold.to(self.device)
+        x = upload(ids, self.device)
+        y = upload(gold, self.device)
         total = torch.zeros((), device=self.device)
         for d in range(2):
             nll = self.model.nll(d, x[d], y[d])
