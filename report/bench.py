@@ -56,7 +56,7 @@ from data.batches import batches, collate
 from data.tasks import EncodedTexts, ag_news_part
 from data.text import PAD, UNK, Data, Encoded, Vocabulary, tokenize_texts
 from run.files import write_json
-from run.machine import autocast, compute_dtype, find_device, peak_memory_gb, provenance
+from run.machine import autocast, compute_dtype, find_device, peak_memory_gb, provenance, upload
 from run.options import script, script_arguments
 
 REPEATS = 3
@@ -114,15 +114,17 @@ class Loop:
     batches: list[np.ndarray]
     device: torch.device
 
-    def step(self, number: int) -> tuple[float, int]:
-        """One update on batch `number`; returns its (summed nll, targets)."""
-        x, y = (ids.to(self.device) for ids in collate(self.encoded, self.batches[number % len(self.batches)]))
-        targets = int((y != PAD).sum())
-        total = 0.0
+    def step(self, number: int) -> tuple[Tensor, int]:
+        """One update on batch `number`; returns its (summed nll, targets), without waiting for a GPU to compute it."""
+        ids, gold = collate(self.encoded, self.batches[number % len(self.batches)])
+        targets = int((gold != PAD).sum())
+        x = upload(ids, self.device)
+        y = upload(gold, self.device)
+        total = torch.zeros((), device=self.device)
         for d in range(2):
             nll = self.model.nll(d, x[d], y[d])
             (nll / targets).backward()
-            total += nll.item()
+            total += nll.detach()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return total, targets

@@ -109,6 +109,16 @@ def senses_line(r: dict) -> tuple[str, str, str]:
     return what, f"{100 * r['votes'][r['best']]:.1f} %; {100 * r['majority']:.1f} %", r["command"]
 
 
+def bench_line(r: dict) -> tuple[str, str, str]:
+    """Training speed, idle and beside a busy process, on the GPU that trained or on so many cores of the CPU."""
+    machine = r["machine"]
+    place = machine["device"]
+    if machine.get("cpu", place) == place:                      # older files have no `cpu`; they were made on a CPU
+        place = f"{machine['cores']} cores ({place})"
+    what = f"targets per second of training on {place}; beside one busy process"
+    return what, f"{r['tokens_per_second']:,.0f}; {r['busy_tokens_per_second']:,.0f}", r["command"]
+
+
 LINES = [                               # (name of a JSON file or finding, function of its content)
     ("pretraining", partial(
         filled, "test perplexity, full softmax over {vocabulary:,} words, forward and backward; Kneser-Ney, forward",
@@ -123,9 +133,7 @@ LINES = [                               # (name of a JSON file or finding, funct
     ("adapted_nli", partial(accuracy_line, "a subset of MultiNLI's evaluation rows")),
     ("labels", labels_line),
     ("senses", senses_line),
-    ("bench", partial(
-        filled, "targets per second of training on {machine[cores]} cores ({machine[device]}); beside one busy process",
-        "{tokens_per_second:,.0f}; {busy_tokens_per_second:,.0f}")),
+    ("bench", bench_line),
     ("faults", partial(
         filled, "runs killed at random moments, of them with a saved state; resumed to the same weights bit for bit",
         "{kills[tried]}, {kills[with_state]}; {kills[survived]}"))]

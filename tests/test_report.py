@@ -167,6 +167,17 @@ def test_the_setting_in_the_results_is_the_best_on_validation_rows(project):
     assert "(setting `frozen`) | 30.00 %" in build.results(project / "models")
 
 
+@pytest.mark.parametrize("machine, place", [
+    ({"device": "AMD EPYC", "cores": 2}, "on 2 cores (AMD EPYC);"),
+    ({"device": "AMD EPYC", "cpu": "AMD EPYC", "cores": 2}, "on 2 cores (AMD EPYC);"),
+    ({"device": "NVIDIA H100", "cpu": "AMD EPYC", "cores": 16}, "on NVIDIA H100;")])
+def test_the_speed_in_the_results_is_that_of_the_device_that_trained(machine, place):
+    numbers = {"machine": machine, "tokens_per_second": 1000, "busy_tokens_per_second": 500, "command": "bench"}
+    what, number, _ = build.bench_line(numbers)
+    assert place in what
+    assert number == "1,000; 500"
+
+
 # --------------------------------------------------------------------------------------------------------- report
 def unpacked(pdf: bytes) -> list[bytes]:
     """A PDF and each of its packed streams that can be unpacked."""
