@@ -6,10 +6,10 @@
     h_{k,0} = [x_k ; x_k]    h_{k,j} = [forward h_{k,j} ; backward h_{k,j}],  j = 1, 2
 
 The two directions are two language models. They share the token representations x and the softmax, not the LSTMs, and
-meet only in the last concatenation: a bidirectional LSTM would see the word that it has to predict.
+their states are only concatenated. The second layer of a bidirectional LSTM would see the word that it has to predict.
 
 Shapes: B sentences of a batch, T positions (longest sentence + 1 boundary symbol), N predicted tokens, V words,
-E sampled words, H cells of an LSTM, P width of x and of every layer's output, D = 2 P width of a vector for users.
+E sampled words, H cells of an LSTM, P width of x and of every layer's output, D = 2 P width of a returned vector.
 
     python ELMO.py                                  the published run: models/bilstm.pt, pretraining.json and figures
     python ELMO.py --resume                         resume after an interruption, to the same weights bit for bit
@@ -44,7 +44,7 @@ from run import checkpoint, inference, machine, metrics, ngram
 from run.files import InputError, folder_lock, write_json
 from run.machine import autocast, upload
 from run.optimization import Optimizers, check_loss, clip_gradients, dropout_mask, group, lr_factor
-from run.options import check_options, option, script, script_arguments
+from run.options import RUN_FLAGS, check_options, option, script, script_arguments
 from run.progress import Run
 from run.publication import Publication, options_of_weights
 
@@ -61,13 +61,13 @@ MEASURED_TRAINING_ROWS = 4000
 class Config:
     """Every option of pretraining. The defaults are the published run; InputError if a value is out of range."""
     representation: str = option("embedding", "what x is made from", choices=("embedding", "word2vec", "char"))
-    width: int = option(448, "P: width of x and of every layer's output; lowered to `hidden`", min=1, max=8192)
-    hidden: int = option(448, "H: cells of each LSTM, projected to P if there are more", min=1, max=65536)
+    width: int = option(448, "P: width of x and of every layer's output; at most `hidden`", min=1, max=8192)
+    hidden: int = option(448, "H: cells of each LSTM; their output is projected to P if H > P", min=1, max=65536)
     dropout: float = option(0.2, "dropout probability; a sentence loses the same units at all positions", max=0.95)
     word_dropout: float = option(0.0, "probability that an input word becomes zeros", max=0.95)
-    min_count: int = option(3, "a word enters the vocabulary if it is so often in the training rows", min=1)
-    freeze_word2vec: bool = option(False, "word2vec: x does not learn, and the softmax has a table of its own")
-    rows: int = option(0, "train on this many rows of train.csv, for short trials; 0: all")
+    min_count: int = option(3, "smallest count in the training rows for a word of the vocabulary", min=1)
+    freeze_word2vec: bool = option(False, "word2vec: x stays fixed, and the softmax learns a table of its own")
+    rows: int = option(0, "use only the first rows of train.csv, validation rows included; 0: all")
     validation: int = option(4000, "rows of train.csv that are not trained on and choose the best epoch")
     epochs: float = option(4.0, "passes over the training rows", max=100_000)
     batch_tokens: int = option(3000, "positions (B x T) of a batch", min=1)
@@ -627,14 +627,14 @@ def pretrain(config: Config, options: Namespace) -> int:
             return 130
         if first:
             publish(run, out, time.perf_counter() - begin + run.earlier)
-            run.file.unlink(missing_ok=True)
+            publication.complete([run.file])
     return 0
 
 
 @script("ELMO.py")
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, 2 for an input that the user can fix, 130 after Ctrl-C."""
-    config, options = script_arguments(argv, Config, "ELMO.py", __doc__, HERE / "models", {
+    config, options = script_arguments(argv, Config, "ELMO.py", __doc__, HERE / "models", RUN_FLAGS | {
         "--corpus": {"metavar": "PATH", "help": "train on the lines of this file, or of a folder's .txt and .gz files"},
         "--embed": {"metavar": "FILE", "help": "write the vectors of this file's lines instead of training"},
         "--npz": {"metavar": "FILE", "help": "the file that --embed writes"},

@@ -1,7 +1,7 @@
 """A text classifier on ELMo's layers (Peters et al. 2018, section 3.2), with three ways to mix the layers.
 
     layers h_{k,0}, h_{k,1}, h_{k,2} of word k, from the biLM in models/bilstm.pt
-    setting `trainable`:  ELMo_k = gamma sum_j s_j h_{k,j}, s = softmax(w); w and gamma learn     (s_j: also lambda_j)
+    setting `trainable`:  ELMo_k = gamma sum_j s_j h_{k,j}, s = softmax(w); w and gamma learn     (lambda_j = s_j)
     setting `frozen`:     the same; w is drawn at random and stays, gamma is 1
     setting `function`:   ELMo_k = f(h_{k,0}, h_{k,1}, h_{k,2}), a small network that learns
     a biLSTM reads ELMo_1 .. ELMo_n -> [maximum, attention, mean] over the words -> linear layer -> classes
@@ -12,7 +12,7 @@ Shapes: B texts of a batch, T words of the longest, J layers, D width of a layer
 N classified rows (B, or B / 2 if a row is a pair of texts).
 
     python classification.py                    AG News in three settings: models/classifier.pt, classification.json
-    python classification.py --finetune         every head has a copy of the biLM, which learns too: models/finetuned.pt
+    python classification.py --finetune         setting trainable; each head trains a copy of the biLM: finetuned.pt
     python classification.py --task sst5        or sst2, nli; --adapt 2 first trains the biLM on the task's texts
     python classification.py --predict "text"   label and probabilities; --predict - reads lines from standard input
 """
@@ -42,7 +42,7 @@ from run import checkpoint, inference, machine, metrics
 from run.files import InputError, folder_lock, write_json
 from run.machine import autocast, upload
 from run.optimization import Optimizers, check_loss, clip_gradients, dropout_mask, group, lr_factor, update_average
-from run.options import check_options, option, script, script_arguments
+from run.options import RUN_FLAGS, check_options, option, script, script_arguments
 from run.pairs import PairMatcher
 from run.progress import Run
 from run.publication import Publication, options_of_weights
@@ -64,7 +64,7 @@ class Config:
     setting: str = option("all", "how the layers are mixed", choices=("all", *SETTINGS))
     fields: str = option("description", "columns of AG News to read", choices=("description", "title+description"))
     seeds: int = option(1, "heads per setting, with the seeds `seed`, `seed` + 1, ..", min=1, max=100)
-    finetune: bool = option(False, "the biLM learns too, a copy of it for each seed")
+    finetune: bool = option(False, "each head trains a copy of the biLM too; `all` then means `trainable`")
     adapt: float = option(0.0, "first train the biLM for this many passes over the task's texts", max=999)
     adapt_lr: float = option(2e-3, "peak learning rate of these passes", max=10)
     phrases: bool = option(True, "sst: train on every phrase of a tree, not only on whole sentences")
@@ -79,7 +79,7 @@ class Config:
     mix_lr: float = option(2e-2, "peak learning rate of w and gamma", max=10)
     bilm_lr: float = option(4e-3, "finetune: peak learning rate of the biLM's top layer", max=10)
     bilm_dropout: float = option(0.1, "finetune: dropout probability of h_0, h_1 and h_2", max=0.95)
-    unfreeze: float = option(0.05, "finetune: share of the steps before layer 2 learns; 1: twice, 0: 3 times", max=0.5)
+    unfreeze: float = option(0.05, "finetune: layer 2 learns after this share of the steps, 1 after 2x, 0 3x", max=0.5)
     weight_decay: float = option(0.01, "AdamW's weight decay, of the head", max=10)
     ema: float = option(0.99, "decay of the weights' moving average, updated every 10 steps", max=0.99999)
     clip: float = option(1.0, "largest gradient norm of a head, and of the biLM", min=1e-9)
@@ -516,8 +516,8 @@ def bilm_of(path: str | Path, content: dict, bilstm: str | Path | None, device: 
         raise InputError(f"{path} needs the biLM that it was trained on; name it, for example models/bilstm.pt")
     elmo = ELMo.load(bilstm, device)
     if elmo.digest != bilm["digest"]:
-        raise InputError(f"{path} was not trained on {bilstm}; name its own biLM (digest {bilm['digest'][:12]}..), or "
-                         "run `python classification.py` again")
+        raise InputError(f"{path} was not trained on {bilstm}; give its own biLM with --bilstm (digest "
+                         f"{bilm['digest'][:12]}..), or run `python classification.py` again")
     return elmo
 
 
@@ -609,7 +609,7 @@ def classify(config: Config, options: Namespace, make_vectors: Callable | None =
             elmo = ELMo.from_run(runs[0])
         parts = {part: EncodedTexts(getattr(task, part), elmo, CACHE) for part in ("train", "validation", "test")}
         vectors = ELMoVectors(elmo.model) if make_vectors is None else make_vectors(config, elmo, task)
-        print(f"{task.summary()}; {', '.join(config.settings)}; {config.seeds} seed(s)", flush=True)
+        print(f"{task.summary()}; heads for {', '.join(config.settings)}, {config.seeds} of each", flush=True)
         trainer = Trainer(config, vectors, parts, len(task.labels), source)
         run = train(trainer, publication.resume_file, options.resume)
         if not run.finished:
@@ -625,15 +625,14 @@ def classify(config: Config, options: Namespace, make_vectors: Callable | None =
         figures.classification(result, out, "" if name == "classifier" else name)
         write_json(publication.json, result)
         print(metrics.accuracy_table(result))
-        for finished in runs:
-            finished.file.unlink(missing_ok=True)
+        publication.complete([run.file for run in runs])
     return 0
 
 
 @script("classification.py")
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, 2 for an input that the user can fix, 130 after Ctrl-C."""
-    config, options = script_arguments(argv, Config, "classification.py", __doc__, HERE / "models", {
+    config, options = script_arguments(argv, Config, "classification.py", __doc__, HERE / "models", RUN_FLAGS | {
         "--bilstm": {"metavar": "FILE", "type": Path, "default": HERE / "models" / "bilstm.pt",
                      "help": "the biLM (default models/bilstm.pt)"},
         "--classifier": {"metavar": "FILE", "type": Path, "help": "for --predict (default: classifier.pt in --out)"},

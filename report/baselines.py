@@ -47,7 +47,7 @@ from ELMO import HERE, BiLM, ELMo
 from run import machine
 from run.files import InputError, read_json, write_json
 from run.metrics import mcnemar, mean_and_std
-from run.options import script, script_arguments
+from run.options import RUN_FLAGS, script, script_arguments
 from run.publication import Publication, options_of_weights
 
 VECTORS = ("word2vec", "svd", "layer0", "layer2", "average", "untrained")
@@ -219,7 +219,7 @@ def train_head(kind: str, config: Config, options, elmo: ELMo, test_rows: int) -
 @script("baselines.py")
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, 2 for an input that the user can fix, 130 after Ctrl-C."""
-    config, options = script_arguments(argv, Config, "baselines.py", __doc__, HERE / "models", {
+    config, options = script_arguments(argv, Config, "baselines.py", __doc__, HERE / "models", RUN_FLAGS | {
         "--bilstm": {"metavar": "FILE", "type": Path, "default": HERE / "models" / "bilstm.pt", "help": "the biLM"},
         "--build": {"metavar": "DIR", "type": Path, "default": HERE / "build" / "baselines",
                     "help": "folder for the runs (default build/baselines)"}})

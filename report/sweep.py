@@ -2,6 +2,8 @@
 
     python report/sweep.py ELMO.py --trials 20 --search lr=0.002:0.02:log --search dropout=0:0.4 -- --rows 8000
     python ELMO.py --config build/sweep/ELMO.toml --out elsewhere       # a full run with the best options
+
+--help shows the options of ELMO.py; those of classification.py are in its own --help.
 """
 import sys
 from dataclasses import replace

@@ -140,11 +140,11 @@ def perplexity_table(result: dict) -> str:
                 continue
             forward = metrics["forward"]
             rows.append({
-                "perplexity": label,
+                "perplexity of": label,
                 "rows": metrics["rows"],
                 "forward": forward["perplexity"],
                 "backward": metrics["backward"]["perplexity"],
-                "Kneser-Ney": forward.get("kneser_ney_perplexity"),
+                "Kneser-Ney (forward)": None if name == "train" else forward.get("kneser_ney_perplexity"),
                 "unigram": metrics.get("unigram_perplexity"),
             })
     return pd.DataFrame(rows).to_string(index=False, float_format="{:.2f}".format)
@@ -282,13 +282,13 @@ def accuracy_table(result: dict) -> str:
         for s, gamma in zip(numbers["s"], numbers["gamma"], strict=True):
             mixes.append(" ".join(f"{weight:.2f}" for weight in [*s, gamma]))
         rows.append({
-            "accuracy": setting,
+            "accuracy of": setting,
             "train": numbers["train"]["accuracy"]["mean"],
             "validation": numbers["validation"]["accuracy"]["mean"],
             "test": test["accuracy"]["mean"],
-            "std": test["accuracy"]["std"],
+            "std over seeds": test["accuracy"]["std"],
             "test, no near copies": test["fresh"]["accuracy"]["mean"] if "fresh" in test else None,
-            "macro-F1": test["macro_f1"]["mean"],
-            "layer weights s, gamma": "; ".join(mixes),
+            "test macro-F1": test["macro_f1"]["mean"],
+            "s_0 s_1 s_2 gamma (of each seed)": "; ".join(mixes),
         })
     return pd.DataFrame(rows).to_string(index=False, float_format="{:.4f}".format)

@@ -20,6 +20,10 @@ from pathlib import Path
 from run.files import InputError, read_text
 from run.tracker import check_tracker
 
+RUN_FLAGS = {
+    "--resume": {"action": "store_true", "help": "continue the stopped run in --out"},
+    "--overwrite": {"action": "store_true", "help": "replace the files of another run in --out"}}
+
 
 def option(default, help: str, choices: tuple = (), min: float = 0, max: float = math.inf):
     """A dataclass field with its help, its allowed values and, for a number, its range."""
@@ -79,13 +83,13 @@ def script_arguments(argv: Sequence[str] | None, config_class: type, name: str, 
                      extra: dict[str, dict]):
     """(config, others) of a script's command line; the command line wins over the TOML file.
 
-    others: --out, --resume, --overwrite, --config, and the flags in `extra`, {flag: settings of add_argument}. Raises
+    others: --out, --config and the flags in `extra`, {flag: settings of add_argument}, such as RUN_FLAGS. Raises
     InputError for an option that is unknown or has a wrong value.
     """
     parser = Parser(prog=name, description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default=out, type=Path, help=f"folder that the run writes (default {out.name}/)")
-    parser.add_argument("--resume", action="store_true", help="continue the last run in --out where it stopped")
-    parser.add_argument("--overwrite", action="store_true", help="replace the files of another run in --out")
+    project = Path(__file__).resolve().parent.parent
+    default = out.relative_to(project) if out.is_relative_to(project) else out
+    parser.add_argument("--out", default=out, type=Path, help=f"folder that the program writes (default {default}/)")
     parser.add_argument("--config", metavar="FILE", help="TOML file of options; the command line wins")
     for flag, settings in extra.items():
         parser.add_argument(flag, **settings)

@@ -167,12 +167,16 @@ class Run:
         self.exits.callback(tracker.close)
         self.exits.callback(self.progress.bar.close)
         self.stop_event = self.exits.enter_context(stop_request())
-        self.progress.write(f"{self.step:,} of {trainer.steps:,} steps are done; matrix products in {self.precision}")
+        if self.step == 0 and self.file and self.file.exists():
+            self.progress.write(f"{self.file} has a stopped run, which this run replaces; --resume would continue it")
+        self.progress.write(f"starting at step {self.step:,} of {trainer.steps:,}; matrix products in {self.precision}")
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        if isinstance(error, InputError) and self.file and self.trainer.device.type == "cpu":
-            with suppress(InputError):      # the loss has diverged, but the weights are still those before the step
+        # If a step has diverged, the weights are still those before it. On a GPU they are not, and save() refuses them;
+        # if an evaluation has diverged, the weights are bad, and the last saved state stays.
+        if isinstance(error, InputError) and self.file and not self.due(self.step):
+            with suppress(InputError):
                 self.save()
                 self.progress.write(f"{self.file} has the state before step {self.step:,}")
         self.exits.close()
@@ -231,7 +235,7 @@ class Run:
             return False
         self.save()
         hint = "; --resume continues" if self.file else ""
-        self.progress.write(f"stopped before step {self.step:,}{hint}")
+        self.progress.write(f"stopped after {self.step:,} of {self.trainer.steps:,} steps{hint}")
         return True
 
     def count(self, loss: torch.Tensor, norm: torch.Tensor, items: int) -> None:

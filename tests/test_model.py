@@ -737,7 +737,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others():
     assert "forward_lstms.0.weight_ih_l0" in changed(first, other)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.cuda
 def test_a_model_on_a_cuda_device_trains_and_embeds_as_on_the_processor():
     on_gpu = ELMo.train(SENTENCES, tiny(precision="fp32"), device="cuda")
     on_cpu = ELMo.train(SENTENCES, tiny(precision="fp32"), device="cpu")
