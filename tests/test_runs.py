@@ -292,4 +292,4 @@ def test_the_command_line_wins_over_the_toml_file(tmp_path):
     argv = ["--config", str(tmp_path / "a.toml"), "--hidden", "9"]
     config, options = script_arguments(argv, ELMO.Config, "", "", tmp_path, {})
     assert (config.hidden, config.dropout, config.freeze_word2vec, config.width) == (9, 0.0, True, 9)
-    assert not options.resume
+    assert options.out == tmp_path
