@@ -19,7 +19,7 @@ from run.optimization import dropout_mask, moving_average
 Weights = dict[str, Tensor]
 
 
-# ---------------------------------------------------------------- heads, from the weights in their file and torch alone
+# ------------------------------------------------------------ heads in plain PyTorch, from the weights in their file
 # w: the weights of a head by name. It reads one text at a time, so that there is no padding.
 def linear(w: Weights, name: str, x: Tensor) -> Tensor:
     """A linear layer of the head."""
@@ -92,7 +92,7 @@ def plain_logits(w: Weights, texts: list[Tensor], text_mask=1.0, mix_masks=(1.0,
 
 @pytest.mark.parametrize("task", ["ag_news", "nli"])
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_logits_of_a_padded_batch_equal_those_of_each_text_by_itself_and_of_torch_alone(setting, task):
+def test_logits_of_a_padded_batch_equal_those_of_each_text_by_itself_and_of_plain_pytorch(setting, task):
     head = Head(Config(hidden=5, task=task, dropout=0.4), setting, 3, 8, classes=4)
     generator = torch.Generator().manual_seed(1)
     for weight in head.parameters():        # large weights and biases, so that every wrong equation shows

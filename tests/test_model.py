@@ -537,7 +537,8 @@ def test_batches_pad_less_than_5_percent_have_every_row_once_and_are_as_many_in_
 def test_the_generator_shuffles_batches_and_rows_of_equal_length():
     lengths = np.array([1, 2] * 50)
     in_order = batches(lengths, 12)
-    assert [len(part) for part in in_order] == [6] * 8 + [4] * 13       # 50 rows of 1 word: 8 * 6 and 2 of 4 rows more
+    # 6 rows of 1 word have 12 positions, 4 rows of 2 words too; the ninth batch has 2 rows of each
+    assert [len(part) for part in in_order] == [6] * 8 + [4] * 13
     first = batches(lengths, 12, np.random.default_rng(0))
     second = batches(lengths, 12, np.random.default_rng(1))
     assert [len(part) for part in first] != [len(part) for part in in_order]
