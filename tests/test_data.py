@@ -1,4 +1,4 @@
-"""Rows, tokens and the built-in corpus: expected values are written by hand or counted by a second, slow way."""
+"""Rows, tokens and the built-in corpus: expected values are written by hand or counted in a second, slow way."""
 import collections
 import hashlib
 import itertools
@@ -15,9 +15,10 @@ from data.text import Data, tokenize, tokenize_texts
 from ELMO import Config
 from run.files import InputError, write_atomically
 
-LAYOUTS = {"original": '"3","A title","Oil rises, again."\n"1","","He said ""no""."\n',
-           "three": 'Class Index,Title,Description\n3,A title,"Oil rises, again."\n1,,"He said ""no""."\n',
-           "two": 'Class Index,Description\n3,"Oil rises, again."\n1,"He said ""no""."\n'}
+LAYOUTS = {
+    "original": '"3","A title","Oil rises, again."\n"1","","He said ""no""."\n',
+    "three columns": 'Class Index,Title,Description\n3,A title,"Oil rises, again."\n1,,"He said ""no""."\n',
+    "two columns": 'Class Index,Description\n3,"Oil rises, again."\n1,"He said ""no""."\n'}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -26,7 +27,10 @@ def test_every_csv_layout_gives_the_same_classes_and_descriptions(layout, tmp_pa
     rows = news.read_csv(tmp_path / "a.csv")
     assert rows["class"].tolist() == [3, 1]
     assert rows.description.tolist() == ["Oil rises, again.", 'He said "no".']
-    assert rows.title.tolist() == (["", ""] if layout == "two" else ["A title", ""])
+    if layout == "two columns":
+        assert rows.title.tolist() == ["", ""]
+    else:
+        assert rows.title.tolist() == ["A title", ""]
 
 
 @pytest.mark.parametrize("content, expected", [
@@ -46,7 +50,7 @@ def test_ag_news_dir_is_the_only_place_looked_at(tmp_path, monkeypatch):
 def test_offline_with_nothing_found_names_three_things_to_do(tmp_path, monkeypatch):
     monkeypatch.delenv("AG_NEWS_DIR", raising=False)
     monkeypatch.setattr(news, "HERE", tmp_path)
-    monkeypatch.setattr(news, "SOURCE", "http://127.0.0.1:9/")          # where nothing listens
+    monkeypatch.setattr(news, "SOURCE", "http://127.0.0.1:9/")          # no server listens there
     with pytest.raises(InputError, match=r"three things: set AG_NEWS_DIR .* put the two files .* connect to the net"):
         news.ag_news_folder()
     assert not list((tmp_path / "ag_news").iterdir())
@@ -69,20 +73,26 @@ def test_a_download_is_accepted_only_if_its_hash_is_right(tmp_path, monkeypatch)
     assert sorted(os.listdir(folder)) == ["test.csv", "train.csv"]
 
 
-def test_a_row_is_fresh_when_at_most_a_fifth_of_its_8_grams_were_seen():
-    known = ["a b c d e f g h i j k l"]                      # 5 8-grams
-    texts = ["A B C D E F G H x y z u",                      # 1 of 5 seen: a fifth, still fresh
-             "a b c d e f g h i x y z",                      # 2 of 5 seen
-             "a b c d e f g", "", "n o t h i n g s e e n"]
-    assert news.fresh_rows(known, texts).tolist() == [True, False, True, True, True]
+def test_a_row_is_fresh_if_at_most_a_fifth_of_its_8_grams_are_in_the_training_rows():
+    known = ["a b c d e f g h i j k l"]             # it has 5 8-grams
+    fresh_of_text = {
+        "A B C D E F G H x y z u": True,            # 1 of 5 is known: a fifth
+        "a b c d e f g h i x y z": False,           # 2 of 5 are known
+        "a b c d e f g": True,                      # it has no 8-gram
+        "": True,
+        "n o t h i n g k n o w n": True}
+    found = news.fresh_rows(known, list(fresh_of_text))
+    assert found.tolist() == list(fresh_of_text.values())
 
 
 def test_a_split_has_every_row_once_and_depends_on_the_seed_alone():
     train, validation = news.split(100, 30, seed=5)
     assert sorted([*train, *validation]) == list(range(100))
     assert len(validation) == 30
-    assert (news.split(100, 30, seed=5)[1] == validation).all()
-    assert (news.split(100, 30, seed=6)[1] != validation).any()
+    _, again = news.split(100, 30, seed=5)
+    _, other = news.split(100, 30, seed=6)
+    assert again.tolist() == validation.tolist()
+    assert other.tolist() != validation.tolist()
 
 
 @pytest.mark.parametrize("text, tokens", [
@@ -90,14 +100,15 @@ def test_a_split_has_every_row_once_and_depends_on_the_seed_alone():
     ("Iraq #39;s U.S. can't 1,000.5 A amp;M", ["iraq", "'s", "u.s.", "ca", "n't", "1,000.5", "a", "&", "m"]),
     ("&lt;b&gt;Up&lt;/b&gt; 4.5% -- \\", ["<b>", "up", "</b>", "4.5", "%", "--", "\\"]),
     ("third-quarter ... Zürich 東京", ["third", "-", "quarter", "...", "zürich", "東京"]),
-    ("", []), ("  \t\n", [])])
-def test_text_is_cut_as_written_here(text, tokens):
+    ("", []),
+    ("  \t\n", [])])
+def test_the_tokens_of_a_text_are_those_written_here(text, tokens):
     assert tokenize(text) == tokens
 
 
 def test_no_text_becomes_a_special_symbol():
-    data = Data.of(["&lt;s&gt; a <pad> &amp;lt;/s&amp;gt; <unk> <s>"] * 3, Config(min_count=1),
-                        np.arange(3), np.arange(0))
+    texts = ["&lt;s&gt; a <pad> &amp;lt;/s&amp;gt; <unk> <s>"] * 3
+    data = Data.of(texts, Config(min_count=1), np.arange(3), np.arange(0))
     assert data.words.words == ["<pad>", "<unk>", "<s>", "</s>", "a"]
     assert data.encoded.lookup[data.encoded.tokens.ids].tolist() == [1, 4, 1, 1, 1, 1] * 3
 
@@ -123,7 +134,8 @@ def test_tokenizing_in_processes_and_from_the_cache_equals_the_plain_loop(tmp_pa
     assert len(list(tmp_path.iterdir())) == 1
     counts = collections.Counter(itertools.chain.from_iterable(plain[:100]))
     found = dict(zip(tokens.types, tokens.counts(np.arange(100)), strict=True))
-    assert {word: n for word, n in found.items() if n} == counts
+    present = {word: count for word, count in found.items() if count}
+    assert present == counts
 
 
 def test_other_texts_have_a_cache_of_their_own_and_a_damaged_one_is_named(tmp_path):
@@ -141,6 +153,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     (tmp_path / "a").write_text("old")
 
     def fail(file):
+        """Writes a part of the content; then the disk is full."""
         file.write(b"new")
         raise OSError(28, "No space left on device")
 
@@ -150,7 +163,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     assert os.listdir(tmp_path) == ["a"]
 
 
-def test_the_built_in_corpus_is_the_same_for_a_seed_and_its_first_rows_for_any_size():
+def test_the_built_in_corpus_is_the_same_for_a_seed_and_its_first_rows_do_not_depend_on_its_size():
     rows = list(sample.generate(2500, seed=3))
     assert rows[:100] == list(sample.generate(100, seed=3))
     assert rows != list(sample.generate(2500, seed=4))
@@ -162,6 +175,7 @@ def test_the_probability_of_a_row_is_the_product_of_its_choices():
     text = "on monday the minister sued the bank over the military court ."         # every word the first of its list
 
     def first(count: int) -> float:
+        """The probability of the first of so many words: word k, from 0 on, has a share of 1 / (10 + k)."""
         return (1 / 10) / sum(1 / (10 + k) for k in range(count))
 
     common = 0.25 * first(5) * 0.75 * first(14) * first(12) * 0.75 * first(14) * 0.75 * first(6) * first(3)
@@ -173,7 +187,7 @@ def test_the_probability_of_a_row_is_the_product_of_its_choices():
     assert sample.bag_posterior(text) == pytest.approx(bag / bag.sum())
 
 
-def test_no_bag_of_words_reaches_what_the_order_tells_in_the_built_in_corpus():
+def test_in_the_built_in_corpus_the_order_of_words_tells_more_than_the_words_without_their_order():
     rows = list(sample.generate(1500, seed=7))
     gold = np.array([label - 1 for label, _, _ in rows])
     order = np.array([sample.posterior(text).argmax() for _, _, text in rows])

@@ -102,19 +102,24 @@ def test_validation_rows_are_those_that_the_bilm_never_saw(builtin, tmp_path):
 
 
 @pytest.mark.parametrize("more, stem", [
-    (["--task", "sst2"], "sst2"),
-    (["--task", "sst5", "--no-phrases", "--adapt", "1"], "adapted_sst5"),
-    (["--task", "nli", "--validation", "6", "--finetune"], "nli_finetuned"),
-    (["--fields", "title+description", "--rows", "90"], "titled"),
-    (["--finetune", "--setting", "function", "--epochs", "0.2"], "finetuned")])
+    ("--task sst2", "sst2"),
+    ("--task sst5 --no-phrases --adapt 1", "adapted_sst5"),
+    ("--task nli --validation 6 --finetune", "nli_finetuned"),
+    ("--fields title+description --rows 90", "titled"),
+    ("--finetune --setting function --epochs 0.2", "finetuned")])
 def test_every_task_runs_from_its_files_to_predictions(builtin, tasks, whole, bilm, tmp_path, more, stem):
     out = tmp_path / "out"
-    argv = arguments("classification.py", out, whole / "bilstm.pt", "--setting", "all", *more)
+    argv = arguments("classification.py", out, whole / "bilstm.pt", "--setting", "all", *more.split())
     assert classification.main(argv) == 0
-    assert [name for name in files(out) if "figures/" not in name] == [f"{stem}.json", f"{stem}.pt"]
-    holds_bilm = "--finetune" in more or "--adapt" in more
-    clf = Classifier.load(out / f"{stem}.pt", None if holds_bilm else whole / "bilstm.pt")
-    text = ("the bank", "the court sued .") if clf.config.two_texts else "the bank sued ."
+    written = [name for name in files(out) if "figures/" not in name]
+    assert written == [f"{stem}.json", f"{stem}.pt"]
+    bilstm = whole / "bilstm.pt"
+    if "--finetune" in more or "--adapt" in more:
+        bilstm = None                           # the file has a biLM of its own
+    clf = Classifier.load(out / f"{stem}.pt", bilstm)
+    text = "the bank sued ."
+    if clf.config.two_texts:
+        text = ("the bank", "the court sued .")
     prediction, = clf.predict([text])
     assert prediction["label"] in clf.labels
     assert sum(prediction["probabilities"].values()) == approx(1)
@@ -233,7 +238,9 @@ def test_a_classifier_refuses_another_bilm(whole, tmp_path):
 
 
 @pytest.mark.parametrize("texts, message", [
-    (["a", " \n"], "text 1 has no words"), ("text", "one string"), ([3], "text 0 is of type int")])
+    (["a", " \n"], "text 1 has no words"),
+    ("text", "one string"),
+    ([3], "text 0 is of type int")])
 def test_a_text_that_cannot_be_classified_is_named(whole, texts, message):
     with pytest.raises(InputError, match=message):
         classifier(whole).predict(texts)
@@ -305,12 +312,14 @@ def test_metrics_of_words_are_those_worked_out_on_paper():
     best = np.array([4, 4, 7, 5, 5])
     rank = np.array([0, 0, 5, 0, 4])            # rank 4 is the fifth place
     found = word_metrics(gold, best, rank)
-    assert found["accuracy"] == 3 / 5
-    assert found["top5_accuracy"] == 4 / 5
-    assert found["macro_precision"] == approx((2 / 2 + 1 / 2 + 0) / 3)
-    assert found["macro_recall"] == approx((2 / 3 + 1 / 1 + 0) / 3)
-    assert found["macro_f1"] == approx((4 / 5 + 2 / 3 + 0) / 3)
-    assert word_metrics(gold[:0], best[:0], rank[:0]) == {}
+    assert found == approx({
+        "accuracy": 3 / 5,
+        "top5_accuracy": 4 / 5,
+        "macro_precision": 1 / 2,               # of words 4, 5 and 6: 2/2, 1/2 and 0
+        "macro_recall": 5 / 9,                  # 2/3, 1/1 and 0
+        "macro_f1": 22 / 45})                   # 4/5, 2/3 and 0
+    nothing = gold[:0]
+    assert word_metrics(nothing, nothing, nothing) == {}
 
 
 def test_metrics_of_rows_are_sums_over_their_tokens():
@@ -320,9 +329,12 @@ def test_metrics_of_rows_are_sums_over_their_tokens():
     rank = np.array([0, 9, 0])
     forward = (row, np.array([1.0, 4.0, 2.0]), gold, best, rank)
     backward = (row, np.array([0.5, 1.0, 0.5]), gold, best, rank)
-    scores = Scores.of(np.array([7, 2]), np.array([2, 1]), [[forward, backward]])
+    batch = [forward, backward]
+    rows = np.array([7, 2])
+    tokens = np.array([2, 1])
+    scores = Scores.of(rows, tokens, [batch])
     assert scores.nll.tolist() == [[3.0, 4.0], [1.0, 1.0]]
-    assert scores.perplexity() == approx([math.exp(7 / 3), math.exp(2 / 3)])
+    assert scores.perplexity() == approx([10.31226, 1.947734])                  # e to the power of 7/3 and of 2/3
     every = scores.metrics()
     assert every["rows"] == 2
     assert every["tokens"] == 3
@@ -331,10 +343,12 @@ def test_metrics_of_rows_are_sums_over_their_tokens():
     first = scores.metrics(np.array([True, False]))
     assert first["rows"] == 1
     assert first["tokens"] == 2
-    assert first["forward"]["perplexity"] == approx(math.exp(1.5))
-    assert first["forward"]["bits_per_token"] == approx(2.164043)       # 1.5 / 0.693147
+    assert first["forward"]["nll"] == 1.5
+    assert first["forward"]["perplexity"] == approx(4.481689)                   # e to the power of 1.5
+    assert first["forward"]["bits_per_token"] == approx(2.164043)               # 1.5 / 0.693147
     assert first["forward"]["accuracy"] == 1
-    assert scores.totals()["forward"] == {"nll": 7.0, "tokens": 3, "perplexity": approx(math.exp(7 / 3))}
+    totals = scores.totals()
+    assert totals["forward"] == approx({"nll": 7, "tokens": 3, "perplexity": 10.31226})
 
 
 def test_metrics_of_frequent_words_have_a_row_for_each_gold_word_and_one_for_all_others():
