@@ -1,4 +1,4 @@
-"""Rows, tokens and the built-in corpus: expected values are written by hand or counted by a second, slow way."""
+"""Rows, tokens, batches and the built-in corpus: expected values are written by hand or counted by a second, slow way."""
 import collections
 import hashlib
 import itertools
@@ -7,11 +7,13 @@ import os
 
 import numpy as np
 import pytest
+from conftest import encoded
 
 from data import ag_news as news
 from data import sample
+from data.batches import batches, collate
 from data.corpus import tokenize_corpus
-from data.text import Data, tokenize, tokenize_texts
+from data.text import BOS, EOS, PAD, SPECIAL, UNK, Data, tokenize, tokenize_texts
 from ELMO import Config
 from run.files import InputError, write_atomically
 
@@ -81,8 +83,10 @@ def test_a_split_has_every_row_once_and_depends_on_the_seed_alone():
     train, validation = news.split(100, 30, seed=5)
     assert sorted([*train, *validation]) == list(range(100))
     assert len(validation) == 30
-    assert (news.split(100, 30, seed=5)[1] == validation).all()
-    assert (news.split(100, 30, seed=6)[1] != validation).any()
+    _, again = news.split(100, 30, seed=5)
+    _, other = news.split(100, 30, seed=6)
+    assert again.tolist() == validation.tolist()
+    assert other.tolist() != validation.tolist()
 
 
 @pytest.mark.parametrize("text, tokens", [
@@ -96,10 +100,9 @@ def test_text_is_cut_as_written_here(text, tokens):
 
 
 def test_no_text_becomes_a_special_symbol():
-    data = Data.of(["&lt;s&gt; a <pad> &amp;lt;/s&amp;gt; <unk> <s>"] * 3, Config(min_count=1),
-                        np.arange(3), np.arange(0))
+    data = encoded(["&lt;s&gt; a <pad> &amp;lt;/s&amp;gt; <unk> <s>"])
     assert data.words.words == ["<pad>", "<unk>", "<s>", "</s>", "a"]
-    assert data.encoded.lookup[data.encoded.tokens.ids].tolist() == [1, 4, 1, 1, 1, 1] * 3
+    assert data.encoded.ids(0).tolist() == [1, 4, 1, 1, 1, 1]
 
 
 def test_the_vocabulary_comes_from_training_rows_alone():
@@ -116,14 +119,16 @@ def test_tokenizing_in_processes_and_from_the_cache_equals_the_plain_loop(tmp_pa
     plain = [tokenize(text) for text in texts]
     for _ in range(2):
         tokens = tokenize_texts(texts, tmp_path)
-        words = np.array(tokens.types, dtype=object)[tokens.ids]
-        rows = [words[begin:end].tolist() for begin, end in itertools.pairwise(tokens.offsets)]
-        assert rows == plain
+        for row, (begin, end) in zip(plain, itertools.pairwise(tokens.offsets), strict=True):
+            assert [tokens.types[i] for i in tokens.ids[begin:end]] == row
     assert isinstance(tokens.ids, np.memmap)
     assert len(list(tmp_path.iterdir())) == 1
-    counts = collections.Counter(itertools.chain.from_iterable(plain[:100]))
-    found = dict(zip(tokens.types, tokens.counts(np.arange(100)), strict=True))
-    assert {word: n for word, n in found.items() if n} == counts
+    expected = collections.Counter()
+    for row in plain[:100]:
+        expected.update(row)
+    counts = tokens.counts(np.arange(100))
+    for word, count in zip(tokens.types, counts, strict=True):
+        assert count == expected[word], word
 
 
 def test_other_texts_have_a_cache_of_their_own_and_a_damaged_one_is_named(tmp_path):
@@ -155,7 +160,8 @@ def test_the_built_in_corpus_is_the_same_for_a_seed_and_its_first_rows_for_any_s
     assert rows[:100] == list(sample.generate(100, seed=3))
     assert rows != list(sample.generate(2500, seed=4))
     assert {row[0] for row in rows} == {1, 2, 3, 4}
-    assert all(tokenize(text) == text.split() for _, _, text in rows[:300])
+    for _, _, text in rows[:300]:
+        assert tokenize(text) == text.split()
 
 
 def test_the_probability_of_a_row_is_the_product_of_its_choices():
@@ -193,3 +199,57 @@ def test_odd_texts_reach_the_worker_processes_as_they_are(tmp_path):
     tokens = tokenize_texts(odd, tmp_path)
     assert len(tokens) == 3000
     assert tokens.types == ["\ud800", "a", "b", "\x00", "c", "\U0001f600"]
+
+
+# ------------------------------------------------------------------------------------------------------- batches
+def test_the_batch_of_the_docstring_is_as_written_there():
+    data = encoded(["oil falls", "a b c"])
+    x, y = collate(data.encoded, np.array([0, 1]))
+    oil = data.words.index["oil"]
+    falls = data.words.index["falls"]
+    assert x[0, :, 0].tolist() == [BOS, oil, falls, PAD]
+    assert y[0, :, 0].tolist() == [oil, falls, EOS, PAD]
+    assert x[1, :, 0].tolist() == [EOS, falls, oil, PAD]
+    assert y[1, :, 0].tolist() == [falls, oil, BOS, PAD]
+
+
+def test_the_character_model_reads_types_and_predicts_words():
+    data = encoded(["a a b b c"], representation="char", min_count=2)
+    x, y = collate(data.encoded, np.array([0]))
+    assert data.words.words[len(SPECIAL):] == ["a", "b"]
+    assert x[0, :, 0].tolist() == [BOS, 4, 4, 5, 5, 6]          # c, which is no word, has characters of its own
+    assert y[0, :, 0].tolist() == [4, 4, 5, 5, UNK, EOS]
+
+
+def test_batches_pad_less_than_5_percent_hold_every_row_once_and_are_as_many_in_every_epoch():
+    random = np.random.default_rng(0)
+    lengths = random.poisson(36, 20_000)
+    counts = set()
+    for epoch in range(3):
+        parts = batches(lengths, 2000, np.random.default_rng([0, epoch]))
+        counts.add(len(parts))
+        positions = []
+        for part in parts:
+            longest = lengths[part].max()
+            positions.append(len(part) * (longest + 1))
+        assert sorted(np.concatenate(parts)) == list(range(20_000))
+        assert max(positions) <= 2000
+        assert (lengths + 1).sum() > 0.95 * sum(positions)
+    assert len(counts) == 1
+
+
+def test_a_batch_has_as_many_rows_as_fit_with_one_boundary_symbol_each():
+    parts = batches(np.array([3, 2, 3, 9, 3]), 8)
+    assert [part.tolist() for part in parts] == [[1, 0], [2, 4], [3]]       # 2 x 4 positions, 2 x 4, and 10 by itself
+
+
+def test_batches_come_in_random_order_with_other_rows_of_the_same_length_in_every_epoch():
+    lengths = np.repeat([5, 6, 7, 8], 50)
+    epochs = []
+    for epoch in range(2):
+        parts = batches(lengths, 60, np.random.default_rng([0, epoch]))
+        longest = [lengths[part].max() for part in parts]
+        assert longest != sorted(longest)
+        epochs.append({tuple(sorted(part)) for part in parts})
+    first, second = epochs
+    assert len(first & second) < len(first) / 2
