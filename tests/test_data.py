@@ -1,4 +1,4 @@
-"""Rows, tokens, batches and the built-in corpus: expected values are written by hand or counted by a second, slow way."""
+"""Rows, tokens, batches and the built-in corpus: values are written by hand or counted in a second, slow way."""
 import collections
 import hashlib
 import itertools
