@@ -15,9 +15,19 @@ from classification import SETTINGS, Classifier, Config, Head
 from data import sample
 from data.ag_news import read_ag_news, split
 from data.tasks import NLI_LABELS, ag_news_task, labelled_phrases, read_pairs, read_trees
+from run import metrics
 from run.checkpoint import read_published, write_published
 from run.files import InputError
-from run.metrics import classification_metrics, over_seeds, validation_numbers
+from run.metrics import (
+    Scores,
+    classification_metrics,
+    classification_numbers,
+    full_softmax_nll,
+    over_seeds,
+    validation_numbers,
+    word_confusion,
+    word_metrics,
+)
 
 TREES = ["(3 (2 It) (4 (2 's) (4 great)))", "(1 (2 A) (0 (0 bad) (2 film)))", "(2 (2 So) (2 so))",
          "(4 (3 Very) (4 good))"]
@@ -129,11 +139,13 @@ def test_the_numbers_in_the_json_are_those_of_the_classifier_in_the_file(whole, 
         assert s.tolist() == pytest.approx(result["s"][best])
 
 
-def test_the_frozen_weights_are_those_that_the_seed_draws(whole):
+def test_the_frozen_weights_after_training_are_those_of_a_new_head_of_the_seed(whole):
     frozen = numbers("classification", whole)["settings"]["frozen"]
     assert frozen["gamma"] == [1, 1]
-    for seed, s in enumerate(frozen["s"]):
-        head = Head(Config(hidden=6), "frozen", 3, 24, 4).initialize(seed)
+    first, second = frozen["s"]
+    assert first != pytest.approx(second, abs=0.01)
+    for seed, s in enumerate((first, second)):
+        head = Head(Config(hidden=9), "frozen", 3, 10, 2).initialize(seed)      # of another size
         assert s == pytest.approx(head.mix.w.softmax(dim=0).tolist())
 
 
@@ -217,7 +229,98 @@ def test_the_order_of_words_counts_on_the_built_in_corpus(grammar, tmp_path, mon
     assert 0.25 < np.mean(predicted == gold) < bag
 
 
-# ---------------------------------------------------------------------------------------------- metrics
+# ------------------------------------------------------------------------------------- metrics of language models
+def test_ranks_count_the_words_with_a_higher_logit_and_never_padding():
+    logits = torch.tensor([90, 2, 5, 4, 4, 1, 3])               # of the words 0 to 6; word 0 is <pad>
+    gold = torch.tensor([2, 3, 4, 6, 1, 5])
+    table = logits[:, None].float()
+    states = torch.ones(6, 1)
+    nll, found, best, rank = full_softmax_nll(states, gold, table, torch.zeros(7, 1), details=True)
+    assert found.tolist() == gold.tolist()
+    assert best.tolist() == [2] * 6
+    assert rank.tolist() == [0, 1, 1, 3, 4, 5]                  # words 3 and 4 are equal: neither is before the other
+    log_z = math.log(math.exp(2) + math.exp(5) + 2 * math.exp(4) + math.exp(1) + math.exp(3))
+    expected = [log_z - logit for logit in (5, 4, 4, 3, 2, 1)]
+    assert nll.tolist() == pytest.approx(expected)
+
+
+def test_a_word_is_in_the_top_5_if_at_most_four_words_are_before_it():
+    gold = np.array([7, 7, 8, 8, 9])
+    best = np.array([7, 8, 7, 8, 6])
+    found = word_metrics(gold, best, rank=np.array([0, 4, 5, 0, 6]))
+    assert found["accuracy"] == pytest.approx(2 / 5)
+    assert found["top5_accuracy"] == pytest.approx(3 / 5)
+    # word 7: 1 of 2 predicted and 1 of 2 gold ones; word 8 the same; word 9 is never predicted
+    for name in ("macro_precision", "macro_recall", "macro_f1"):
+        assert found[name] == pytest.approx(1 / 3), name
+    assert word_metrics(gold[:0], best[:0], best[:0]) == {}
+
+
+def tokens(*columns: list) -> tuple[np.ndarray, ...]:
+    """Predicted tokens of a batch: their rows, nll, gold words, best words and ranks."""
+    return tuple(np.array(column) for column in columns)
+
+
+def scores_of_three_rows() -> Scores:
+    """Scores of the rows 7, 2 and 5 with 2, 1 and 2 tokens, which two batches have scored in another order."""
+    first_forward = tokens(
+        [5, 2, 5],              # rows
+        [1.0, 4.0, 2.0],        # nll
+        [3, 2, 3],              # gold words
+        [3, 4, 4],              # best words
+        [0, 5, 1])              # ranks
+    first_backward = tokens(
+        [2, 5, 5],
+        [3.0, 1.0, 1.0],
+        [2, 3, 3],
+        [2, 3, 3],
+        [0, 0, 0])
+    second_forward = tokens(
+        [7, 7],
+        [0.5, 0.5],
+        [4, 4],
+        [4, 4],
+        [0, 0])
+    second_backward = tokens(
+        [7, 7],
+        [0.0, 2.0],
+        [4, 4],
+        [4, 2],
+        [0, 6])
+    batches = [(first_forward, first_backward), (second_forward, second_backward)]
+    return Scores.of(np.array([7, 2, 5]), np.array([2, 1, 2]), batches)
+
+
+def test_scores_are_summed_by_row_whatever_the_order_of_batches():
+    scores = scores_of_three_rows()
+    assert scores.nll.tolist() == [[1, 4, 3], [2, 3, 2]]
+    forward, backward = scores.totals().values()
+    assert forward == pytest.approx({"nll": 8, "tokens": 5, "perplexity": math.exp(8 / 5)})
+    assert backward == pytest.approx({"nll": 7, "tokens": 5, "perplexity": math.exp(7 / 5)})
+
+
+def test_the_metrics_of_chosen_rows_are_those_of_their_words():
+    found = scores_of_three_rows().metrics(np.array([False, True, True]))       # the rows 2 and 5
+    assert found["rows"] == 2
+    assert found["tokens"] == 3
+    forward = found["forward"]
+    assert forward["nll"] == pytest.approx(7 / 3)
+    assert forward["perplexity"] == pytest.approx(math.exp(7 / 3))
+    assert forward["bits_per_token"] == pytest.approx(7 / 3 / 0.693147)         # ln 2
+    assert forward["accuracy"] == pytest.approx(1 / 3)
+    assert forward["top5_accuracy"] == pytest.approx(2 / 3)
+    assert found["backward"]["accuracy"] == 1
+
+
+def test_the_confusion_of_words_has_the_most_frequent_ones_first_and_the_others_as_one(monkeypatch):
+    monkeypatch.setattr(metrics, "FREQUENT_WORDS", 2)
+    gold = np.array([1, 2, 2, 2, 3, 3, 4])
+    best = np.array([2, 2, 3, 1, 3, 2, 4])
+    found = word_confusion(gold, best, ["<pad>", "a", "b", "c", "d"])
+    assert found == {"words": ["b", "c", "(other)"], "counts": [[1, 1, 1], [1, 1, 0], [1, 0, 1]]}
+
+
+# --------------------------------------------------------------------------------------------- metrics of classifiers
 def test_metrics_are_those_of_a_matrix_worked_out_on_paper():
     p = np.array([[0.5, 0.3, 0.2],
                   [0.8, 0.1, 0.1],
@@ -258,3 +361,33 @@ def test_metrics_over_seeds_have_means_and_an_ensemble_of_mean_probabilities():
     loss, numbers = validation_numbers(heads, torch.tensor(gold), ["frozen"])
     assert loss == pytest.approx(-math.log(0.9 * 0.4 * 0.4 * 0.9) / 4)
     assert numbers["frozen"]["accuracy"] == [0.5, 0.5]
+
+
+def test_the_best_seed_is_chosen_on_validation_rows_and_predictions_are_those_of_the_ensemble():
+    first = torch.tensor([
+        [0.9, 0.1],
+        [0.6, 0.4],
+        [0.2, 0.8]])
+    second = torch.tensor([
+        [0.4, 0.6],
+        [0.3, 0.7],
+        [0.4, 0.6]])
+    heads = {"frozen-0": first, "frozen-1": second}
+    p = {"train": heads, "validation": heads, "test": heads}
+    gold = {"train": np.array([0, 0, 1]), "validation": np.array([1, 1, 1]), "test": np.array([0, 0, 1])}
+    found = classification_numbers(p, gold, ["frozen-0", "frozen-1"], ["a", "b"], np.array([True, False, False]))
+    assert found["best"] == 1                               # although the first one is better on test rows
+    assert found["predictions"] == "011"                    # mean probabilities of "a": 0.65, 0.45 and 0.3
+    assert found["test"]["fresh"]["accuracy"]["mean"] == pytest.approx(1 / 2)
+    assert "fresh" not in found["validation"]
+
+
+def test_the_calibration_error_weighs_the_gap_of_each_bin_by_its_rows():
+    gold = np.array([0, 0, 0, 1])
+    p = np.array([
+        [0.99, 0.01],                   # two rows in the last bin, both right: a gap of 0.01 + 0.03
+        [0.97, 0.03],
+        [0.65, 0.35],                   # two rows of another bin, one right: a gap of 0.65 + 0.64 - 1
+        [0.64, 0.36]])
+    found = classification_metrics(p, gold, ["a", "b"])
+    assert found["calibration_error"] == pytest.approx((0.04 + 0.29) / 4)
