@@ -9,43 +9,53 @@ import ELMO
 from data import corpus, sample, text
 
 
-def test_plain_text_is_every_line_of_a_folders_txt_and_gz_files_in_the_order_of_their_names(tmp_path):
+def test_plain_text_is_every_line_of_the_txt_and_gz_files_of_a_folder_in_the_order_of_their_names(tmp_path):
     (tmp_path / "b.txt").write_bytes("\ufeffone two\r\n\n  \nthree\n".encode())
     (tmp_path / "a").mkdir()
     with gzip.open(tmp_path / "a" / "x.gz", "wt") as file:
         file.write("zero\nlast without an end")
     (tmp_path / "c.csv").write_text("not read")
     lines = corpus.Lines(tmp_path)
-    assert list(lines) == list(lines) == ["zero", "last without an end", "one two", "three"]
+    for _ in range(2):          # it can be read more than once
+        assert list(lines) == ["zero", "last without an end", "one two", "three"]
     assert list(corpus.Lines(tmp_path / "c.csv")) == ["not read"]
 
 
-def test_a_line_longer_than_memory_should_hold_is_cut_between_words_or_characters(tmp_path, monkeypatch):
+def test_a_very_long_line_is_cut_between_words_or_characters(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "LETTERS", 50)
-    words = " ".join(f"wörd{i}" for i in range(100))
-    for content, joint in ((words, " "), ("東京" * 60, ""), ("é" * 200, "")):
+    words = [f"wörd{i}" for i in range(100)]
+    between = {" ".join(words): " ", "東京" * 60: "", "é" * 200: ""}        # what the cut takes away
+    for content, joint in between.items():
         (tmp_path / "a.txt").write_text(content + "\nnext\n", encoding="utf-8")
         *pieces, last = corpus.Lines(tmp_path / "a.txt")
         assert last == "next"
         assert len(pieces) > 3
-        assert max(len(piece.encode()) for piece in pieces) <= 50
+        longest = max(len(piece.encode()) for piece in pieces)
+        assert longest <= 50
         assert joint.join(pieces) == content
 
 
 def test_a_long_row_becomes_several_of_the_same_tokens():
-    tokens = corpus.Tokens(["a"], np.zeros(9, dtype=np.int32), np.array([0, 5, 5, 7, 9]))
+    ids = np.zeros(9, dtype=np.int32)
+    tokens = corpus.Tokens(["a"], ids, np.array([0, 5, 5, 7, 9]))
     short, row = tokens.cut(2)
     assert short.offsets.tolist() == [0, 2, 4, 5, 5, 7, 9]
     assert row.tolist() == [0, 0, 0, 1, 2, 3]
     assert tokens.cut(5)[0].offsets.tolist() == [0, 5, 5, 7, 9]
 
 
+PACKED = gzip.compress(b"words and words\n" * 99)
+
+
 @pytest.mark.parametrize("name, content, message", [
-    ("a.txt", b"good\nb\xe9d\n", "a.txt, line 2: is not UTF-8"), ("a.gz", b"no gzip", "a.gz cannot be read"),
-    ("a.gz", gzip.compress(b"words and words\n" * 99)[:-20], "a.gz cannot be read"),
-    ("a.gz", gzip.compress(b"words and words\n" * 99)[:-4] + b"1234", "a.gz cannot be read"),
-    ("a.txt", b"\x80" * 120, "a.txt, line 1: is not UTF-8"), ("a.csv", b"a,b\n", "no folder with .txt"),
-    ("a.txt", b"", "has 0 lines"), ("a.txt", b"one\ntwo\n", "has 2 lines")])
+    ("a.txt", b"good\nb\xe9d\n", "a.txt, line 2: is not UTF-8"),
+    ("a.txt", b"\x80" * 120, "a.txt, line 1: is not UTF-8"),
+    ("a.gz", b"no gzip", "a.gz cannot be read"),
+    ("a.gz", PACKED[:-20], "a.gz cannot be read"),
+    ("a.gz", PACKED[:-4] + b"1234", "a.gz cannot be read"),
+    ("a.csv", b"a,b\n", "no folder with .txt"),
+    ("a.txt", b"", "has 0 lines"),
+    ("a.txt", b"one\ntwo\n", "has 2 lines")])
 def test_a_wrong_corpus_is_named_in_one_sentence(tmp_path, capsys, monkeypatch, name, content, message):
     monkeypatch.setattr(ELMO, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(corpus, "LETTERS", 50)
@@ -65,27 +75,37 @@ def test_the_script_trains_on_plain_text_and_separates_validation_and_test_rows(
     (tmp_path / "a.txt").write_text("\n".join(texts[:300]), encoding="utf-8")
     with gzip.open(tmp_path / "b.gz", "wt") as file:
         file.write("\n".join(texts[300:]))
-    assert ELMO.main(["--corpus", str(tmp_path), "--out", str(tmp_path / "out"), "--hidden", "12", "--validation", "40",
-                      "--min-count", "1", "--batch-tokens", "300", "--epochs", "1"]) == 0
-    result = json.loads((tmp_path / "out" / "pretraining.json").read_text())
+    out = tmp_path / "out"
+    options = "--hidden 12 --validation 40 --min-count 1 --batch-tokens 300 --epochs 1".split()
+    assert ELMO.main(["--corpus", str(tmp_path), "--out", str(out), *options]) == 0
+    result = json.loads((out / "pretraining.json").read_text())
     rows = {name: part["rows"] for name, part in result["splits"].items()}
     assert rows == {"train": 420, "validation": 40, "test": 40}
-    data = text.Data.of_plain_text(str(tmp_path), ELMO.Config(validation=40, min_count=1), tmp_path / "cache")
-    assert sorted([*data.train, *data.validation, *data.test[1]]) == list(range(500))
-    found = ELMO.ELMo.load(tmp_path / "out" / "bilstm.pt").score([texts[row] for row in data.test[1]])
-    assert found["forward"]["perplexity"] == pytest.approx(result["splits"]["test"]["forward"]["perplexity"], rel=1e-4)
+    config = ELMO.Config(validation=40, min_count=1)
+    data = text.Data.of_plain_text(str(tmp_path), config, tmp_path / "cache")
+    _, test_rows = data.test
+    assert sorted([*data.train, *data.validation, *test_rows]) == list(range(500))
+    found = ELMO.ELMo.load(out / "bilstm.pt").score([texts[row] for row in test_rows])
+    expected = result["splits"]["test"]["forward"]["perplexity"]
+    assert found["forward"]["perplexity"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_the_parts_of_a_long_line_stay_on_one_side(tmp_path, monkeypatch):
+def test_all_pieces_of_a_long_line_are_rows_of_the_same_part(tmp_path, monkeypatch):
     monkeypatch.setattr(text, "LONGEST", 3)
-    (tmp_path / "a.txt").write_text("\n".join(f"line{i} " * (1 + i % 8) for i in range(60)))
+    lines = [f"line{i} " * (1 + i % 8) for i in range(60)]              # each line has a word of its own
+    (tmp_path / "a.txt").write_text("\n".join(lines))
     config = ELMO.Config(validation=10, min_count=1)
     data = text.Data.of_plain_text(str(tmp_path / "a.txt"), config, tmp_path / "cache")
-    sides = [data.train, data.validation, data.test[1]]
-    types = [np.flatnonzero(data.encoded.tokens.counts(rows)) for rows in sides]       # one type per line of the file
-    assert [len(side) for side in types] == [40, 10, 10]
-    assert len(np.unique(np.concatenate(types))) == 60
-    assert sum(len(rows) for rows in sides) == len(data.encoded.tokens) > 60
+    _, test_rows = data.test
+    words = []
+    rows = 0
+    for part, count in ((data.train, 40), (data.validation, 10), (test_rows, 10)):
+        of_part = np.flatnonzero(data.encoded.tokens.counts(part))
+        assert len(of_part) == count
+        words += of_part.tolist()
+        rows += len(part)
+    assert sorted(words) == list(range(60)), "a word is in two parts"
+    assert rows == len(data.encoded.tokens) > 60
     assert data.encoded.lengths.max() == 3
 
 
@@ -109,5 +129,6 @@ def test_a_corpus_whose_cache_cannot_be_written_is_refused_rather_than_read_into
     (tmp_path / "a.txt").write_text("one\ntwo\nthree\n")
     (tmp_path / "cache").write_text("a file")
     monkeypatch.setattr(ELMO, "CACHE", tmp_path / "cache")
-    assert ELMO.main(["--corpus", str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"), "--validation", "1"]) == 2
+    argv = ["--corpus", str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"), "--validation", "1"]
+    assert ELMO.main(argv) == 2
     assert "cannot be written" in capsys.readouterr().err
