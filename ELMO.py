@@ -6,10 +6,10 @@
     h_{k,0} = [x_k ; x_k]    h_{k,j} = [forward h_{k,j} ; backward h_{k,j}],  j = 1, 2
 
 The two directions are two language models. They share the token representations x and the softmax, not the LSTMs, and
-meet only in the last concatenation: a bidirectional LSTM would see the word that it has to predict.
+their states are only concatenated. The second layer of a bidirectional LSTM would see the word that it has to predict.
 
 Shapes: B sentences of a batch, T positions (longest sentence + 1 boundary symbol), N predicted tokens, V words,
-E sampled words, H cells of an LSTM, P width of x and of every layer's output, D = 2 P width of a vector for users.
+E sampled words, H cells of an LSTM, P width of x and of every layer's output, D = 2 P width of a returned vector.
 
     python ELMO.py                                  the published run: models/bilstm.pt, pretraining.json and figures
     python ELMO.py --resume                         resume after an interruption, to the same weights bit for bit
@@ -44,7 +44,7 @@ from run import checkpoint, inference, machine, metrics, ngram
 from run.files import InputError, folder_lock, write_json
 from run.machine import autocast, upload
 from run.optimization import Optimizers, check_loss, clip_gradients, dropout_mask, group, lr_factor
-from run.options import check_options, option, script, script_arguments
+from run.options import RUN_FLAGS, check_options, option, script, script_arguments
 from run.progress import Run
 from run.publication import Publication, options_of_weights
 
@@ -61,14 +61,14 @@ MEASURED_TRAINING_ROWS = 4000
 class Config:
     """Every option of pretraining. The defaults are the published run; InputError if a value is out of range."""
     representation: str = option("embedding", "what x is made from", choices=("embedding", "word2vec", "char"))
-    width: int = option(448, "P: width of x and of every layer's output; lowered to `hidden`", min=1, max=8192)
-    hidden: int = option(448, "H: cells of each LSTM, projected to P if there are more", min=1, max=65536)
+    width: int = option(448, "P: width of x and of every layer's output; at most `hidden`", min=1, max=8192)
+    hidden: int = option(448, "H: cells of each LSTM; their output is projected to P if H > P", min=1, max=65536)
     dropout: float = option(0.2, "dropout probability; a sentence loses the same units at all positions", max=0.95)
     word_dropout: float = option(0.0, "probability that an input word becomes zeros", max=0.95)
-    min_count: int = option(3, "a word enters the vocabulary if the training rows contain it this often", min=1)
-    freeze_word2vec: bool = option(False, "word2vec: x does not learn, and the softmax has a table of its own")
-    rows: int = option(0, "train on this many rows of train.csv, for short trials; 0: all")
-    validation: int = option(4000, "rows of train.csv for choosing the epoch and the options")
+    min_count: int = option(3, "smallest count in the training rows for a word of the vocabulary", min=1)
+    freeze_word2vec: bool = option(False, "word2vec: x stays fixed, and the softmax learns a table of its own")
+    rows: int = option(0, "use only the first rows of train.csv, validation rows included; 0: all")
+    validation: int = option(4000, "rows of train.csv that are not trained on and choose the best epoch")
     epochs: float = option(4.0, "passes over the training rows", max=100_000)
     batch_tokens: int = option(3000, "positions (B x T) of a batch", min=1)
     negatives: int = option(2048, "E: sampled words per step; with V or more it is the full softmax", min=1)
@@ -78,8 +78,8 @@ class Config:
     beta2: float = option(0.99, "Adam's decay of the mean squared gradient", max=0.99999)
     weight_decay: float = option(0.0, "AdamW's weight decay", max=10)
     clip: float = option(0.5, "largest norm of the whole gradient", min=1e-9)
-    precision: str = option("auto", "of matrix products; auto: bf16 if it is fast", choices=("auto", "fp32", "bf16"))
-    seed: int = option(0, "of rows, weights, batches, dropout and sampled words", max=2**31)
+    precision: str = option("auto", "type of matrix products; auto: bf16 if faster", choices=("auto", "fp32", "bf16"))
+    seed: int = option(0, "random seed of rows, weights, batches, dropout and sampled words", max=2**31)
     log_every: int = option(100, "steps between log lines", min=1)
     save_every: float = option(300.0, "seconds between resume states")
     track: str = option("none", "also log to a tracker, in --out", choices=("none", "tensorboard", "wandb"))
@@ -90,7 +90,7 @@ class Config:
 
     @property
     def tied(self) -> bool:
-        """Whether x and the softmax share one table: not if x comes from characters, nor if it must not learn."""
+        """True if x and the softmax use one table, False if x is made from characters or is frozen Word2Vec vectors."""
         if self.representation == "word2vec":
             return not self.freeze_word2vec
         return self.representation != "char"
@@ -144,7 +144,7 @@ class BiLM(nn.Module):
         return self.forward_lstms if d == 0 else self.backward_lstms
 
     def layer_weights(self, j: int) -> list[nn.Parameter]:
-        """The dense weights that compute h_j of both directions, j = 0, 1, 2; a table is not dense."""
+        """The weights, except tables, that learn to compute h_j of both directions, j = 0, 1, 2."""
         if j == 0:
             return list(self.characters.parameters()) if self.config.representation == "char" else []
         lstms = nn.ModuleList([self.forward_lstms[j - 1], self.backward_lstms[j - 1]])
@@ -155,7 +155,7 @@ class BiLM(nn.Module):
         return [weight for weight in self.lstms(d).parameters() if weight.requires_grad]
 
     def represent(self, ids: Tensor, chars: Tensor | None = None) -> Tensor:
-        """(..., P) token representations of ids (...), which are on the CPU; chars: the characters of all types."""
+        """(..., P) token representations of ids (...) on the CPU; chars: the characters of each distinct token."""
         device = self.table.device
         if self.config.representation == "char":
             types, place = torch.unique(ids, return_inverse=True)           # each type goes through the network once
@@ -184,10 +184,10 @@ class BiLM(nn.Module):
     def join(self, forward: list[Tensor], backward: list[Tensor], lengths: Tensor) -> Tensor:
         """(3, T - 1, B, 2P) vectors of the words in reading order, without boundaries, from both directions' states.
 
-        The state of word k is the one after reading it: position k of the forward model, whose position 0 is <s>. The
-        backward model reads word n first, so its states are reversed within each sentence; lengths (B,).
+        Forward, position 0 is <s>, so the state after word k was read stands at position k. The backward model reads
+        word n first, so its states are reversed within each sentence. lengths (B,).
         """
-        dtype = forward[-1].dtype                                           # h_0 is float32, the others may be bf16
+        dtype = forward[-1].dtype                                           # h_0 is fp32, the others may be bf16
         layers = []
         for forward_h, backward_h in zip(forward, backward, strict=True):
             in_reading_order = reverse_within_lengths(backward_h[1:], lengths)
@@ -196,9 +196,9 @@ class BiLM(nn.Module):
 
     def contextual(self, ids: Tensor, lengths: Tensor, chars: Tensor | None, dtype: torch.dtype = torch.float32,
                    masks=(None, None), run_both: Callable = map) -> Tensor:
-        """(3, T - 1, B, 2P) vectors of all layers for ids (2, T, B) from `collate`, by products of type `dtype`.
+        """(3, T - 1, B, 2P) vectors of all layers for ids (2, T, B) from `collate`, with matrix products in `dtype`.
 
-        masks: those of each direction; run_both(call, [0, 1]) runs the directions, in this thread or side by side.
+        masks: for each direction those of `states`; run_both(f, [0, 1]) is like map, one by one or at the same time.
         """
         device = self.table.device
         learns = torch.is_grad_enabled()
@@ -288,8 +288,8 @@ class Trainer:
     """The model, its optimizers, and one training step. Every random number of a step comes from (seed, step).
 
     The two directions are two language models, so they run side by side in two threads (torch releases Python's lock).
-    Each gets x as a leaf of its own: the graph is cut there, and no thread touches the other's graph. Afterwards
-    `collect` adds up their gradients, and continues the backward pass from x into the table or the character network.
+    Each gets a detached copy of x, so that each thread runs backward in a graph of its own. Afterwards `collect` adds
+    up their gradients, and continues the backward pass from x into the table or the character network.
     """
     unit = "tokens"                 # of the progress bar
 
@@ -355,13 +355,13 @@ class Trainer:
         return list(zip(*masks, strict=True))                                           # by direction
 
     def direction(self, d: int, x: Tensor, y: Tensor, masks: Sequence, sampled: Tensor, targets: int) -> Gradients:
-        """Forward and backward pass of direction d over its x (T, B, P) and y (T, B); `collect` puts it into .grad."""
+        """Forward and backward pass of direction d over its x (T, B, P) and y (T, B); returns its gradients."""
         place, gold = (upload(part, self.device) for part in predicted_tokens(y))    # (N,), found on the CPU
         with autocast(self.device, self.dtype):
             h = self.model.states(d, x, masks)[-1].flatten(0, 1)[place]                         # (T, B, P) -> (N, P)
             nll = sampled_nll(h, gold, self.model.table, self.model.bias, sampled, self.log_pi[sampled]).sum()
         weights = [self.model.table, self.model.bias, x, *self.model.lstm_weights(d)]
-        # divided only here: a GPU's LSTMs compute in fp16, in which small gradients would vanish on the way
+        # divided here, not before: a GPU's LSTMs may compute in fp16, in which small gradients become 0
         table, bias, dx, *lstms = (gradient / targets for gradient in torch.autograd.grad(nll, weights))
         return Gradients(nll.detach(), table, bias, dx, lstms)
 
@@ -374,7 +374,7 @@ class Trainer:
         masks = self.masks(step, *ids.shape[1:])
         u = np.random.default_rng([self.config.seed, step, 2]).random()                 # see Sampler
         sampled = upload(self.sampler.draw(u), self.device)
-        # loss and gradients, each direction on its own core
+        # loss and gradients; on a CPU both directions run at the same time
         with autocast(self.device, self.dtype):
             x = self.model.represent(self.own(ids), self.data.encoded.chars)                        # (2, T, B, P)
         inputs = [x[d].detach().requires_grad_() for d in range(2)]
@@ -505,7 +505,7 @@ class ELMo:
             "history": self.history, "metrics": self.metrics})
 
     def weights(self) -> dict[str, Tensor]:
-        """The file's weights in half precision: "forward.0.weight_ih_l0", .. (no attribute may be called `forward`)."""
+        """Half-precision weights, named as in the file: "forward.0.weight_ih_l0" for forward_lstms.0.weight_ih_l0."""
         return {name.replace("_lstms.", "."): value.cpu().half() for name, value in self.model.state_dict().items()}
 
     def tokenize(self, text: str) -> list[str]:
@@ -523,7 +523,7 @@ class ELMo:
     def embed_stream(self, texts: Iterable[str], precision: str = "fp32", window: int = 512) -> Iterator[Tensor]:
         """The same tensors one by one, in order, from any iterable; memory holds `window` texts at a time.
 
-        precision: "fp32", or "bf16", which is faster if the hardware multiplies it and is computed in fp32 otherwise.
+        precision: "fp32", or "bf16", which is used only if it is faster on this machine, otherwise fp32.
         """
         texts = checked_texts(texts)
         if precision not in ("fp32", "bf16"):
@@ -610,7 +610,7 @@ def publish(run: Run, out: Path, seconds: float) -> None:
 
 # ------------------------------------------------------------------------------------------------------- main
 def pretrain(config: Config, options: Namespace) -> int:
-    """The run of the command: AG News or a plain text to OUT. Returns the exit status. options: of the command line."""
+    """Runs the command: reads AG News or --corpus, trains, measures, writes OUT. Returns the exit status."""
     begin = time.perf_counter()
     out = options.out
     publication = Publication("bilstm", config, options)
@@ -627,14 +627,14 @@ def pretrain(config: Config, options: Namespace) -> int:
             return 130
         if first:
             publish(run, out, time.perf_counter() - begin + run.earlier)
-            run.file.unlink(missing_ok=True)
+            publication.complete([run.file])
     return 0
 
 
 @script("ELMO.py")
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, 2 for an input that the user can fix, 130 after Ctrl-C."""
-    config, options = script_arguments(argv, Config, "ELMO.py", __doc__, HERE / "models", {
+    config, options = script_arguments(argv, Config, "ELMO.py", __doc__, HERE / "models", RUN_FLAGS | {
         "--corpus": {"metavar": "PATH", "help": "train on the lines of this file, or of a folder's .txt and .gz files"},
         "--embed": {"metavar": "FILE", "help": "write the vectors of this file's lines instead of training"},
         "--npz": {"metavar": "FILE", "help": "the file that --embed writes"},

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 PY      = $(VENV)/bin/python
 DEMO    = build/demo
-# Small enough for two cores and a few minutes; the published run is the bare command.
+# Small enough for two cores and a few minutes. Without options, the scripts do the published run.
 SMALL   = --hidden 96 --validation 800 --epochs 5 --batch-tokens 800 --negatives 400 --lr 0.006 --table-lr 0.006
 HEADS   = --hidden 32 --epochs 6 --batch-tokens 800 --lr 0.006 --dropout 0
 
@@ -32,13 +32,13 @@ demo: setup     ## both scripts on the built-in corpus, in minutes, no download
 	@echo '    $(PY) classification.py --predict "Oil prices fall."'
 	@echo '    $(PY) ELMO.py --help'
 
-lint: setup     ## ruff
+lint: setup     ## check the code's style with ruff
 	$(PY) -m ruff check .
 
 test: lint      ## lint, then the test suite
 	$(PY) -m pytest
 
-train: setup    ## the published runs: AG News to models/*.pt and the baselines; a stopped run goes on
+train: setup    ## train the published AG News models and the baselines into models/; continues a stopped run
 	$(PY) ELMO.py --overwrite --resume
 	$(PY) classification.py --seeds 3 --overwrite --resume
 	$(PY) classification.py --finetune --seeds 3 --overwrite --resume
@@ -50,7 +50,7 @@ tasks: setup    ## SST and NLI on the published biLM; $SST_DIR and $NLI_DIR name
 	$(PY) classification.py --task sst2 --adapt 2 --overwrite --resume
 	$(PY) classification.py --task nli --adapt 1 --epochs 3 --overwrite --resume
 
-faults: setup   ## kills, damage, wrong inputs, full disk: what the scripts survive, to models/faults.json
+faults: setup   ## try kills, damaged files, wrong inputs and a full disk; writes models/faults.json
 	$(PY) tests/test_faults.py
 
 bench: setup    ## speed on this machine, to models/bench.json
@@ -62,5 +62,5 @@ findings: setup ## the paper's findings on the published biLM, to models/finding
 report: setup   ## figures, the README's results, report.pdf and the notebook's outputs from the committed files
 	$(PY) report/build.py
 
-clean:          ## everything that a command can make again
+clean:          ## delete build/, the token cache and the caches of the tests
 	rm -rf build data/cache .pytest_cache .ruff_cache

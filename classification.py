@@ -1,18 +1,18 @@
 """A text classifier on ELMo's layers (Peters et al. 2018, section 3.2), with three ways to mix the layers.
 
     layers h_{k,0}, h_{k,1}, h_{k,2} of word k, from the biLM in models/bilstm.pt
-    setting `trainable`:  ELMo_k = gamma sum_j s_j h_{k,j}, s = softmax(w); w and gamma learn     (s_j: also lambda_j)
+    setting `trainable`:  ELMo_k = gamma sum_j s_j h_{k,j}, s = softmax(w); w and gamma learn     (lambda_j = s_j)
     setting `frozen`:     the same; w is drawn at random and stays, gamma is 1
     setting `function`:   ELMo_k = f(h_{k,0}, h_{k,1}, h_{k,2}), a small network that learns
     a biLSTM reads ELMo_1 .. ELMo_n -> [maximum, attention, mean] over the words -> linear layer -> classes
 
-A head is one classifier, of one setting and one seed. The biLM runs once per batch for all heads and does not learn.
+A head is one classifier, of one setting and one seed. A biLM that does not learn reads each batch once for all heads.
 
 Shapes: B texts of a batch, T words of the longest, J layers, D width of a layer, H cells of a head's LSTM, C classes,
 N classified rows (B, or B / 2 if a row is a pair of texts).
 
     python classification.py                    AG News in three settings: models/classifier.pt, classification.json
-    python classification.py --finetune         every head has a copy of the biLM, which learns too: models/finetuned.pt
+    python classification.py --finetune         setting trainable; each head trains a copy of the biLM: finetuned.pt
     python classification.py --task sst5        or sst2, nli; --adapt 2 first trains the biLM on the task's texts
     python classification.py --predict "text"   label and probabilities; --predict - reads lines from standard input
 """
@@ -42,7 +42,7 @@ from run import checkpoint, inference, machine, metrics
 from run.files import InputError, folder_lock, write_json
 from run.machine import autocast, upload
 from run.optimization import Optimizers, check_loss, clip_gradients, dropout_mask, group, lr_factor, update_average
-from run.options import check_options, option, script, script_arguments
+from run.options import RUN_FLAGS, check_options, option, script, script_arguments
 from run.pairs import PairMatcher
 from run.progress import Run
 from run.publication import Publication, options_of_weights
@@ -63,28 +63,28 @@ class Config:
     task: str = option("ag_news", "what to classify", choices=("ag_news", "sst2", "sst5", "nli"))
     setting: str = option("all", "how the layers are mixed", choices=("all", *SETTINGS))
     fields: str = option("description", "columns of AG News to read", choices=("description", "title+description"))
-    seeds: int = option(1, "heads per setting, with the seeds from `seed` on", min=1, max=100)
-    finetune: bool = option(False, "the biLM learns too, a copy of it for each seed")
-    adapt: float = option(0.0, "passes of the biLM over the task's texts first, with their words added", max=999)
+    seeds: int = option(1, "heads per setting, with the seeds `seed`, `seed` + 1, ..", min=1, max=100)
+    finetune: bool = option(False, "each head trains a copy of the biLM too; `all` then means `trainable`")
+    adapt: float = option(0.0, "first train the biLM for this many passes over the task's texts", max=999)
     adapt_lr: float = option(2e-3, "peak learning rate of these passes", max=10)
     phrases: bool = option(True, "sst: train on every phrase of a tree, not only on whole sentences")
     hidden: int = option(128, "H: cells of the head's LSTM, per direction", min=1, max=8192)
     dropout: float = option(0.2, "dropout probability of the mix and of the pooled text", max=0.95)
     smoothing: float = option(0.05, "label smoothing: share of the target spread over all classes", max=0.99)
     rows: int = option(0, "labelled training rows, drawn by the seed; 0: all")
-    validation: int = option(2000, "nli: rows that are not trained on; ag_news takes those of the biLM", min=1)
+    validation: int = option(2000, "nli: validation rows, taken from train; ag_news takes those of the biLM", min=1)
     epochs: float = option(2.0, "passes over the training rows", max=100_000)
     batch_tokens: int = option(3000, "positions (B x T) of a batch", min=1)
     lr: float = option(4e-3, "peak learning rate of the head", max=10)
     mix_lr: float = option(2e-2, "peak learning rate of w and gamma", max=10)
     bilm_lr: float = option(4e-3, "finetune: peak learning rate of the biLM's top layer", max=10)
     bilm_dropout: float = option(0.1, "finetune: dropout probability of h_0, h_1 and h_2", max=0.95)
-    unfreeze: float = option(0.05, "finetune: share of the steps until layer 2 learns, then 1, then 0", max=0.5)
+    unfreeze: float = option(0.05, "finetune: layer 2 learns after this share of the steps, 1 after 2x, 0 3x", max=0.5)
     weight_decay: float = option(0.01, "AdamW's weight decay, of the head", max=10)
-    ema: float = option(0.99, "decay, per 10 steps, of the average of the weights that is evaluated", max=0.99999)
+    ema: float = option(0.99, "decay of the weights' moving average, updated every 10 steps", max=0.99999)
     clip: float = option(1.0, "largest gradient norm of a head, and of the biLM", min=1e-9)
-    precision: str = option("auto", "of matrix products; auto: bf16 if it is fast", choices=("auto", "fp32", "bf16"))
-    seed: int = option(0, "of weights and dropout, and of the batches that all heads share", max=2**31)
+    precision: str = option("auto", "type of matrix products; auto: bf16 if faster", choices=("auto", "fp32", "bf16"))
+    seed: int = option(0, "random seed of the first head, and of the batches, which all heads share", max=2**31)
     log_every: int = option(100, "steps between log lines", min=1)
     save_every: float = option(300.0, "seconds between resume states")
     track: str = option("none", "also log to a tracker, in --out", choices=("none", "tensorboard", "wandb"))
@@ -135,7 +135,7 @@ class LayerFunction(nn.Module):
 
 
 class ELMoVectors:
-    """Word vectors for a head: all layers of a biLM that does not learn, J = 3, D = 2P. Baselines have other ones."""
+    """Word vectors for a head: all layers of a frozen biLM, J = 3, D = 2P. Baselines use other classes instead."""
     layers = ELMO.LAYERS + 1
 
     def __init__(self, model: BiLM):
@@ -174,7 +174,7 @@ class Head(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> "Head":
-        """Random weights; returns self. Heads of one seed share weights of the same shape, whatever their settings."""
+        """Sets random weights; returns self. With one seed, weights of one name and shape are equal in all heads."""
         for name, weight in self.named_parameters():
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))    # one for each weight
             if name == "mix.w" and not weight.requires_grad:                # setting `frozen`
@@ -190,7 +190,7 @@ class Head(nn.Module):
         return self
 
     def dropout_masks(self, B: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Masks of the pooled text (N, ..), first because all settings share it, and of the mix (1, B, width)."""
+        """Masks of the pooled text (N, ..) and of the mix (1, B, width). The first is the same in all settings."""
         N = B // 2 if self.config.pair else B
         text = dropout_mask(self.config.dropout, (N, self.text_width), generator)
         mix = dropout_mask(self.config.dropout, (1, B, self.width), generator)
@@ -277,7 +277,7 @@ class Learner:
         return bilm.contextual(ids, lengths, part.encoded.chars, dtype, masks), upload(lengths, bilm.table.device)
 
     def gradients(self, trainer: "Trainer", step: int, rows: np.ndarray, shared: tuple | None) -> tuple[Tensor, Tensor]:
-        """Computes .grad and clips it; returns (summed cross-entropy, norm). shared: layers and lengths or None."""
+        """Computes .grad, clipped; returns (summed cross-entropy, norm). shared: layers and lengths, or None."""
         head = self.modules["head"]
         part = trainer.parts["train"]
         gold = upload(part.labels[rows], trainer.device)
@@ -312,7 +312,7 @@ class Learner:
 class Trainer:
     """Learners of all settings and seeds, and one training step. Every random number comes from (seed, step).
 
-    A biLM that does not learn reads the batch once for all heads. Then the heads learn, one on each core at a time.
+    A biLM that does not learn reads the batch once for all heads. On a CPU, the heads learn side by side in threads.
     """
     unit = "rows"       # of the progress bar
     rank = 0            # there is one process
@@ -356,7 +356,7 @@ class Trainer:
 
     @machine.torch_threads(1)
     def step(self, step: int) -> tuple[Tensor, Tensor, int]:
-        """One update of every head; returns (summed cross-entropy, gradient norm, rows), as means over the heads."""
+        """One update of every head; returns (summed cross-entropy, gradient norm, rows), the first two are means."""
         epoch, number = divmod(step, self.per_epoch)
         if epoch != self.epoch:
             self.start_epoch(epoch)
@@ -422,7 +422,7 @@ def probabilities(heads: dict, vectors, part: EncodedTexts, dtype: torch.dtype, 
 
 
 def train(trainer: Trainer, resume_file: Path | None = None, resume: bool = False) -> Run:
-    """The training loop. The returned Run holds the averaged weights with the lowest mean validation loss."""
+    """The training loop. The returned Run holds all heads' averaged weights, those with the lowest mean loss."""
     gold = trainer.parts["validation"].labels
 
     def evaluate(train_loss: float) -> tuple[float, dict, str]:
@@ -483,7 +483,7 @@ class Classifier:
             return cls(config, [str(label) for label in content["labels"]], head.to(vectors.device), elmo)
 
     def predict(self, texts: Sequence[str | tuple[str, str]], precision: str = "fp32") -> list[dict]:
-        """One {"label", "probabilities": {label: p}} per text, or per pair of texts if the task is one of pairs.
+        """One {"label", "probabilities": {label: p}} per text, or per pair of texts if the classifier reads two.
 
         InputError names a text that is empty or no string. precision: "fp32", or "auto" and "bf16", which are faster.
         """
@@ -516,8 +516,8 @@ def bilm_of(path: str | Path, content: dict, bilstm: str | Path | None, device: 
         raise InputError(f"{path} needs the biLM that it was trained on; name it, for example models/bilstm.pt")
     elmo = ELMo.load(bilstm, device)
     if elmo.digest != bilm["digest"]:
-        raise InputError(f"{path} was trained on another biLM than {bilstm}; name that one (digest "
-                         f"{bilm['digest'][:12]}..), or run `python classification.py` anew")
+        raise InputError(f"{path} was not trained on {bilstm}; give its own biLM with --bilstm (digest "
+                         f"{bilm['digest'][:12]}..), or run `python classification.py` again")
     return elmo
 
 
@@ -569,7 +569,7 @@ def save(path: Path, result: dict, trainer: Trainer, elmo: ELMo) -> None:
 
 # ------------------------------------------------------------------------------------------------------- main
 def adapt(elmo: ELMo, task: Task, config: Config, file: Path, resume: bool) -> Run:
-    """Continues to train the biLM, on the task's training texts (the paper's section 3.4); a tenth chooses the pass."""
+    """Trains the biLM further on the task's training texts (the paper's section 3.4). A tenth of them is validation."""
     tokens = tokenize_texts(task.corpus, CACHE)
     train_rows, validation_rows = split(len(tokens), max(1, len(tokens) // 10), config.seed)
     words = elmo.words.grown_by(Vocabulary.count(tokens.types, tokens.counts(train_rows), min_count=2))
@@ -585,7 +585,7 @@ def adapt(elmo: ELMo, task: Task, config: Config, file: Path, resume: bool) -> R
 
 
 def classify(config: Config, options: Namespace, make_vectors: Callable | None = None, stem: str | None = None) -> int:
-    """The run of the command: reads the task, trains, measures, writes. Returns the exit status.
+    """Runs the command: reads the task, trains, measures, writes. Returns the exit status.
 
     options: out, bilstm, resume and overwrite of the command line. make_vectors(config, elmo, task) gives a baseline's
     word vectors, named by `stem`; then no .pt file is written.
@@ -609,7 +609,7 @@ def classify(config: Config, options: Namespace, make_vectors: Callable | None =
             elmo = ELMo.from_run(runs[0])
         parts = {part: EncodedTexts(getattr(task, part), elmo, CACHE) for part in ("train", "validation", "test")}
         vectors = ELMoVectors(elmo.model) if make_vectors is None else make_vectors(config, elmo, task)
-        print(f"{task.summary()}; {', '.join(config.settings)}; {config.seeds} seed(s)", flush=True)
+        print(f"{task.summary()}; heads for {', '.join(config.settings)}, {config.seeds} of each", flush=True)
         trainer = Trainer(config, vectors, parts, len(task.labels), source)
         run = train(trainer, publication.resume_file, options.resume)
         if not run.finished:
@@ -625,15 +625,14 @@ def classify(config: Config, options: Namespace, make_vectors: Callable | None =
         figures.classification(result, out, "" if name == "classifier" else name)
         write_json(publication.json, result)
         print(metrics.accuracy_table(result))
-        for finished in runs:
-            finished.file.unlink(missing_ok=True)
+        publication.complete([run.file for run in runs])
     return 0
 
 
 @script("classification.py")
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, 2 for an input that the user can fix, 130 after Ctrl-C."""
-    config, options = script_arguments(argv, Config, "classification.py", __doc__, HERE / "models", {
+    config, options = script_arguments(argv, Config, "classification.py", __doc__, HERE / "models", RUN_FLAGS | {
         "--bilstm": {"metavar": "FILE", "type": Path, "default": HERE / "models" / "bilstm.pt",
                      "help": "the biLM (default models/bilstm.pt)"},
         "--classifier": {"metavar": "FILE", "type": Path, "help": "for --predict (default: classifier.pt in --out)"},

@@ -67,8 +67,8 @@ def download(folder: Path) -> None:
                              f"({one_line(error)}); run it again, or fetch the file by hand") from None
         except (OSError, http.client.HTTPException) as error:
             raise InputError(
-                f"AG News is neither in $AG_NEWS_DIR nor in {folder}, and the download failed ({one_line(error)}); do "
-                "one of three things: set AG_NEWS_DIR to a folder with train.csv and test.csv, put the two files into "
+                f"$AG_NEWS_DIR is not set, {file} is missing, and the download failed ({one_line(error)}); do one of "
+                "three things: set AG_NEWS_DIR to a folder with train.csv and test.csv, put the two files into "
                 f"{folder}, or connect to the network and run this again (`make demo` needs no download)") from None
 
 
@@ -162,7 +162,7 @@ def check_texts(texts: Iterable[str]) -> list[str]:
 def split(rows: int, validation: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Row numbers of training and validation, each sorted; the seed draws the validation rows."""
     if not 0 <= validation < rows:
-        raise InputError(f"validation is {validation} of {rows} rows; expected fewer, to leave some to train on")
+        raise InputError(f"validation is {validation}, but there are {rows} rows; choose fewer, so that some remain")
     order = np.random.default_rng(seed).permutation(rows)
     return np.sort(order[validation:]), np.sort(order[:validation])
 
@@ -171,7 +171,7 @@ def fresh_rows(known: Iterable[str], texts: Sequence[str], max_share: float = 0.
     """(rows,) bool: False for near copies, of whose 8-grams more than a fifth occur in some known text.
 
     Words are those of `lower().split()`; a row with fewer than 8 is fresh. More than one AG News test row in seven is a
-    near copy of a training row, which a model predicts far too well. `known` is all of train.csv, validation included.
+    near copy of a training row, which a model has memorized. For test rows, `known` is all of train.csv.
     """
     grams_of_rows = [hashed_ngrams(text, n) for text in texts]
     wanted = set().union(*grams_of_rows)

@@ -12,8 +12,8 @@ SAMPLING_POWER = 0.75       # words are sampled with probability proportional to
 def batches(lengths: np.ndarray, positions: int, generator: np.random.Generator | None = None) -> list[np.ndarray]:
     """Row numbers in batches of about equal length, each with at most `positions` positions, rows x (longest + 1).
 
-    A row that is longer than that is a batch by itself. Rows are sorted by length, so that less than 5 % of the
-    positions are padding. The generator shuffles rows of equal length, and the batches; without it both are in order.
+    A row that is longer than that is a batch by itself. Rows are sorted by length, so that few positions are padding.
+    The generator shuffles rows of equal length, and the batches; without it both are in order.
     """
     ties = np.zeros(len(lengths)) if generator is None else generator.random(len(lengths))
     order = np.lexsort((ties, lengths))
@@ -85,8 +85,8 @@ class Sampler:
     """Draws E distinct words per step for the sampled softmax: word w is in the sample with probability pi_w.
 
     pi_w = min(1, k count_w ** 0.75), with k such that the pi_w sum to E. Frequent words are in every sample. Boundary
-    symbols and <unk> are words like any other. A word that the rows do not contain counts once, because a word that
-    cannot be drawn would keep its probability for ever. Only <pad> is in no sample.
+    symbols and <unk> are words like any other. A count of 0 becomes 1, because a word that cannot be drawn would keep
+    its probability for ever. Only <pad> is in no sample.
 
     Systematic sampling: the words lie on a line in random order, word w as an interval of length pi_w. The points
     u, u + 1, u + 2, .. with one random u in [0, 1) hit every interval with probability pi_w, and none twice. So the
@@ -115,7 +115,7 @@ class Sampler:
         return pi
 
     def shuffle(self, epoch: int) -> None:
-        """Lays the words on the line in a new order; the only work that grows with V."""
+        """Lays the words on the line in a new order. All work that is proportional to V is done here."""
         self.order = np.random.default_rng([self.seed, epoch, 1]).permutation(len(self.pi))
         self.ends = np.cumsum(self.pi[self.order])
 

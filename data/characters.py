@@ -1,4 +1,4 @@
-"""Words as characters: a representation that every word has, also one that training never saw.
+"""Words as characters: every word has a representation, even a word that training never saw.
 
     codes = character_codes(["oil"])        # (5, 26): four special symbols, then "oil"
     CharacterCNN(448)(codes)                # (5, 448)
@@ -35,7 +35,7 @@ class CharacterCNN(nn.Module):
     """
     CHARACTERS = 262                                                # 256 bytes and 6 symbols, see character_codes
     WIDTH = 16                                                      # of a character's embedding
-    FILTERS = ((1, 32), (2, 32), (3, 64), (4, 128), (5, 128))       # (width, count): the paper's first five, two capped
+    FILTERS = ((1, 32), (2, 32), (3, 64), (4, 128), (5, 128))       # (width, count): the paper's first five, one halved
     HIGHWAYS = 2
 
     def __init__(self, P: int):

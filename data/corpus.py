@@ -31,7 +31,7 @@ from run.files import InputError
 from run.machine import end_with_parent
 
 CHUNK = 2_000       # texts that a worker tokenizes at a time
-LETTERS = 2**20     # about the most characters of a chunk; the most bytes of a line, which is cut between two words
+LETTERS = 2**20     # about the most characters of a chunk; a line with more bytes is cut between two words
 LONGEST = 400       # most tokens of a row of plain text; a longer line becomes several rows
 
 
@@ -61,7 +61,7 @@ class Lines:
                 with open_file(path, "rb") as file:
                     for line in lines_of(file):
                         number += 1
-                        encoding = "utf-8-sig" if number == 1 else "utf-8"      # only a file begins with a mark
+                        encoding = "utf-8-sig" if number == 1 else "utf-8"      # a byte order mark
                         text = line.decode(encoding).strip()
                         if text:
                             yield text
@@ -73,7 +73,7 @@ class Lines:
 
 
 def lines_of(file) -> Iterator[bytes]:
-    """The lines of a binary file; a line longer than LETTERS comes in pieces that end after a space or a character."""
+    """The lines of a binary file; a line longer than LETTERS comes in pieces, cut after a space or a character."""
     rest = b""
     while line := rest + file.readline(LETTERS - len(rest)):
         end = len(line)
@@ -91,7 +91,7 @@ def end_of_piece(line: bytes) -> int:
     for at in range(len(line) - 1, len(line) - 5, -1):
         if line[at] & 0xC0 != 0x80:         # the first byte of a character
             return at
-    return len(line)                        # no UTF-8: decoding will say so
+    return len(line)                        # not UTF-8: decode() will raise
 
 
 # ------------------------------------------------------------------------------------------------- tokenizing
@@ -137,7 +137,7 @@ class Tokens:
 
 
 def count_chunk(tokenize: Callable, texts: list[str]) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """(types, ids, lengths) of one chunk of texts; runs in a worker process."""
+    """(types, ids, lengths) of a chunk: its own types, the ids of all its tokens, the tokens per text. In a worker."""
     index: dict[str, int] = {}
     ids = []
     lengths = []
@@ -204,8 +204,8 @@ def stream_tokens(texts: Iterable[str], tokenize: Callable, file, workers: int) 
 def tokenize_corpus(texts: Iterable[str], tokenize: Callable, version: str, cache: Path | None = None) -> Tokens:
     """The tokens of the texts, from the cache if the same texts were tokenized by the same `version` before.
 
-    `version` names the tokenizer and its settings. Without a cache, or if it cannot be written, everything stays in
-    memory; for Lines, which may not fit, InputError is raised instead. The texts are iterated twice.
+    `version` names the tokenizer and its settings. Without a cache everything stays in memory, as it does if the cache
+    cannot be written. But Lines may not fit, and then raise InputError. To fill a cache, the texts are read twice.
     """
     if cache is not None:
         folder = Path(cache) / cache_key(texts, version)
@@ -214,7 +214,8 @@ def tokenize_corpus(texts: Iterable[str], tokenize: Callable, version: str, cach
                 fill_cache(folder, texts, tokenize)
         except OSError as error:
             if isinstance(texts, Lines) and not folder.exists():
-                raise InputError(f"{folder.parent} cannot be written ({error.strerror}); free some space") from None
+                raise InputError(f"{folder.parent} cannot be written ({error.strerror}); free some space or make it "
+                                 "writable") from None
         if folder.exists():
             return open_tokens(folder)
     buffer = io.BytesIO()
@@ -246,7 +247,7 @@ def fill_cache(folder: Path, texts: Iterable[str], tokenize: Callable) -> None:
             with open(part / name, "rb") as file:
                 os.fsync(file.fileno())
         part.chmod(0o755)
-        part.replace(folder)        # fails if another process was first; its folder holds the same
+        part.replace(folder)        # fails if another process made `folder` first, with the same content
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

@@ -1,16 +1,19 @@
-"""A news corpus of four classes written by a small grammar, whose entropy and best accuracies are known exactly.
+"""A news corpus of four classes, written by a small grammar. Its entropy and the best possible accuracies are known.
 
     the senior court sued the bank over this civil trial .              World: a state actor acts on a firm
-    on monday the bank sued the court in paris over the retail bond .   Business: the same two, the other way round
+    on monday the bank sued the court in paris over the retail bond .   Business: the same two actors, roles exchanged
 
-A row is a walk through slots (subject, verb, object, ...): each slot draws a word; slot and word name the next slot.
-Only the class is hidden, so log p(row) is four sums and one logsumexp. A class c (0 World, 1 Sports, 2 Business,
-3 Sci/Tech; its mate is (c + 2) % 4) shows in two places: SUBJECT, who acts on whom (the object always belongs to the
-subject's mate), and MODIFIER, the kind of noun phrase. A bag of words has both actors of a clause, so they do not
-separate a class from its mate. Many words are in several lists of NOUNS, and only their neighbours show which one is
-meant: civil court, indoor court; solar cell, federal cell.
+A row is a walk through slots (subject, verb, object, ...). Each slot draws a word; slot and word decide the next slot.
+Only the class is hidden, so log p(row) is four sums and one logsumexp. The classes are 0 World, 1 Sports, 2 Business
+and 3 Sci/Tech. They form two pairs: the mate of class c is (c + 2) % 4. A class shows in two places:
+  - who acts on whom (SUBJECT): the subject mostly belongs to the row's class, the object always to the subject's mate.
+    A bag of words has both actors of a clause, so they do not tell a class from its mate. Their order does.
+  - the modifiers of noun phrases (MODIFIER), which a bag of words has too.
+Many words are in several lists of NOUNS. Only the words around them show which one is meant: civil court, indoor court;
+solar cell, federal cell.
 
-`python data/sample.py --out DIR --rows 8000` writes DIR/train.csv and DIR/test.csv; `--limits` prints what is known.
+`python data/sample.py --out DIR --rows 8000` writes DIR/train.csv and DIR/test.csv. `--limits` prints the entropy and
+the best possible accuracies.
 """
 import argparse
 import json
@@ -29,10 +32,11 @@ from run.files import write_atomically
 from run.options import Parser, script
 
 CLASSES = 4
-SUBJECT = (0.95, 0.02, 0.015)       # share of clauses whose subject is of the own class, its mate, each of the others
-MODIFIER = (0.70, 0.20, 0.05)       # share of noun phrases of the own class, its mate, each of the others: weaker
-CHUNK = 2_000       # rows that are drawn from one seed, so that row i is the same however many rows are drawn
-END = ""            # the end symbol, which a language model predicts as well
+# Shares of the row's class, of its mate, and of each of the other two classes.
+SUBJECT = (0.95, 0.02, 0.015)       # among subjects
+MODIFIER = (0.70, 0.20, 0.05)       # among modifiers, which therefore show the class less clearly
+CHUNK = 2_000       # rows are drawn in chunks, each with its own seed, so row i does not depend on the number of rows
+END = ""            # the end symbol, which a language model predicts too
 
 ACTORS = [words.split() for words in (
     "minister president senate army parliament court embassy envoy police cabinet mayor governor militia king",
@@ -63,23 +67,23 @@ LINKS = "meanwhile later elsewhere separately".split()
 
 
 class Source(NamedTuple):
-    """The grammar as A arcs sorted by slot: an arc is one word of one slot, and leads to the next slot."""
+    """The grammar as A arcs, sorted by slot. An arc is one word of one slot; it leads to the next slot."""
     slots: dict[str, int]                       # name -> number
     arcs: list[dict[str, tuple[int, int]]]      # per slot: word -> (arc, next slot)
     target: np.ndarray                          # (A,) next slot
     logs: np.ndarray                            # (A, 4) log p(word | slot, class)
-    pieces: np.ndarray                          # (A,) the word with a space before it, "" for the end
-    steps: np.ndarray                           # (4 * A,) increasing: finds the arc of a random number, see walk()
+    pieces: np.ndarray                          # (A,) the word with a space before it; "" for END
+    steps: np.ndarray                           # (4 * A,) increasing; a search in it finds an arc, see walk()
 
 
 def shares(strength: tuple[float, float, float]) -> np.ndarray:
-    """(4 groups, 4 classes) p(group | class) from the shares of own, mate and each other; columns sum to 1."""
+    """(4 groups, 4 classes) p(group | class) from the shares of own class, mate, each other class; columns sum to 1."""
     own, mate, other = strength
     return np.array([np.roll((own, other, mate, other), c) for c in range(4)])
 
 
 def grammar() -> dict[str, list[tuple[float | np.ndarray, Sequence[str], str]]]:
-    """{slot: [(share, words, next slot)]}; a share is one number, or (4,) one per class."""
+    """{slot: [(share, words, next slot), ..]}; a share is one number for all classes, or (4,) one per class."""
     subject = shares(SUBJECT)
     modifier = shares(MODIFIER)
     slots = {
@@ -114,13 +118,13 @@ def grammar() -> dict[str, list[tuple[float | np.ndarray, Sequence[str], str]]]:
 
 @cache
 def source() -> Source:
-    """The grammar's arcs. Within a list, word k (from 0) has a weight of 1 / (10 + k), so that no word is rare."""
+    """The grammar's arcs. In a list of words, word k = 0, 1, .. has the weight 1 / (10 + k), so no word is rare."""
     table = grammar()
     number = {name: k for k, name in enumerate([*table, "done"])}
     arcs = []
     target = []
     pieces = []
-    chances = []                                # (slots,) of (arcs of the slot, 4)
+    chances = []                                # per slot: (arcs of the slot, 4) p(word | slot, class)
     for ways in table.values():
         of_slot = {}
         of_words = []
@@ -145,9 +149,10 @@ def source() -> Source:
 
 # ------------------------------------------------------------------------------------------------- generating
 def walk(rng: np.random.Generator, label: np.ndarray, begin: str, end: str) -> list[str]:
-    """One text per label, drawn slot by slot from `begin` to `end`, for all rows one word at a time.
+    """One text per label, drawn from slot `begin` to slot `end`. Each round adds one word to every unfinished text.
 
-    Slot s of class c owns the part of `steps` from 2 (c S + s) on, so that one binary search finds every row's arc.
+    With S slots, slot s of class c has the values of `steps` between 2 (c S + s) and 2 (c S + s) + 2, so one binary
+    search finds the next arc of every row.
     """
     machine = source()
     slot = np.full(len(label), machine.slots[begin])
@@ -163,7 +168,7 @@ def walk(rng: np.random.Generator, label: np.ndarray, begin: str, end: str) -> l
 
 
 def stream_chunks(seed: int, stream: int) -> Iterator[Iterable[tuple[int, str, str]]]:
-    """The rows of `stream_rows` in chunks, without end."""
+    """Endless chunks of rows, of which `stream_rows` takes the first ones."""
     for chunk in count():
         rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, stream, chunk))))
         label = (CLASSES * rng.random(CHUNK)).astype(np.int64)
@@ -172,24 +177,24 @@ def stream_chunks(seed: int, stream: int) -> Iterator[Iterable[tuple[int, str, s
 
 
 def stream_rows(rows: int, seed: int, stream: int) -> Iterator[tuple[int, str, str]]:
-    """generate(), from one of the streams of a seed: 0 for training, 1 for test."""
+    """The rows of `generate`, from one of a seed's two streams: 0 for training, 1 for test."""
     return islice(chain.from_iterable(stream_chunks(seed, stream)), rows)
 
 
 def generate(rows: int, seed: int = 0) -> Iterator[tuple[int, str, str]]:
-    """(class 1-4, title, description) of each row, streamed; the first rows of a longer stream are the same rows.
+    """(class 1-4, title, description) of each row, one by one. More rows begin with the same rows.
 
         next(generate(1))
         (3, 'Magnetic Charge', 'insiders noted that the grocer funded the militia after the annual charge .')
 
-    The title is one more noun phrase of the class; nll_batch, posterior and limits are about the description only.
+    The title is one more noun phrase of the class. nll_batch, posterior and limits are about descriptions only.
     """
     return stream_rows(rows, seed, stream=0)
 
 
 # ---------------------------------------------------------------------------------------------------- scoring
 def class_logs(descriptions: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
-    """(rows, 4) log p(description, end | class), and (rows,) tokens, end symbol included.
+    """(rows, 4) log p(description, end | class), and (rows,) number of tokens, end symbol included.
 
     Raises KeyError for a description that the source cannot write.
     """
@@ -208,10 +213,10 @@ def class_logs(descriptions: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def bag_logs(descriptions: Iterable[str]) -> np.ndarray:
-    """(rows, 4) log p(bag of words | class), up to a constant of the row; see bag_posterior."""
+    """(rows, 4) log p(bag of words | class), plus a number that is the same for all classes; see bag_posterior."""
     subject = shares(SUBJECT)
     modifier = shares(MODIFIER)
-    evidence = {}       # word -> (4,) log p(its group | class), for the verbs and modifiers
+    evidence = {}       # word -> (4,) log p(its group | class), for verbs and modifiers
     for pair in range(2):
         evidence |= dict.fromkeys(VERBS[pair], np.log(subject[pair] + subject[pair + 2]))
     for group in range(4):
@@ -226,7 +231,7 @@ def bag_logs(descriptions: Iterable[str]) -> np.ndarray:
 
 
 def bayes(logs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """log p(row | class) (rows, 4) -> p(class | row) (rows, 4), -log p(row) (rows,), for equally frequent classes."""
+    """log p(row | class) (rows, 4) -> p(class | row) (rows, 4) and -log p(row) (rows,); every class has p = 1/4."""
     top = logs.max(axis=1, keepdims=True)
     weights = np.exp(logs - top)
     total = weights.sum(axis=1, keepdims=True)
@@ -234,10 +239,10 @@ def bayes(logs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def nll_batch(descriptions: Iterable[str]) -> np.ndarray:
-    """(rows,) -log p(tokens, end) in nats under the source, the class unknown; no model has a lower expectation.
+    """(rows,) -log p(tokens, end) in nats, summed over the classes. No language model has a lower expected value.
 
-    It bounds both directions: the joint probability is the product of the next-token probabilities, read forward with
-    </s> predicted last as well as backward with <s> predicted last. A mean that is clearly lower shows a leak.
+    This holds for both directions, because p(tokens, end) is also the product of the next-token probabilities in either
+    reading order, with the boundary symbol predicted last. A model whose mean is clearly lower sees what it predicts.
     """
     logs, _ = class_logs(descriptions)
     _, row_nll = bayes(logs)
@@ -245,29 +250,30 @@ def nll_batch(descriptions: Iterable[str]) -> np.ndarray:
 
 
 def posterior(description: str) -> np.ndarray:
-    """(4,) p(class | description): no classifier is right more often than its largest entry."""
+    """(4,) p(class | description). The best classifier predicts the largest entry and is right with its probability."""
     logs, _ = class_logs([description])
     posteriors, _ = bayes(logs)
     return posteriors[0]
 
 
 def bag_posterior(description: str) -> np.ndarray:
-    """(4,) p(class | the words in any order): exact, and the same for every order of the words.
+    """(4,) p(class | the bag of words): exact, and the same for every order of the words.
 
-    Verbs show the pair and modifiers the class. Who acts adds nothing: exchanging the two actors of a clause leaves the
-    bag as it is, and over the 2^clauses rows made in this way the shares of who acts sum to the same for every class.
+    Verbs show the pair and modifiers the class. The actors add nothing: if the two actors of a clause change places,
+    the bag is the same, and summed over both orders, p(actors | class) is the pair's, which the verb shows already.
 
-        the court sued the bank over the civil trial .    World and Business 0.78 : 0.22, by "civil" alone
+        the court sued the bank over the civil trial .    World and Business 0.78 : 0.22, only because of "civil"
     """
     posteriors, _ = bayes(bag_logs([description]))
     return posteriors[0]
 
 
 def limits(rows: int = 20_000, seed: int = 1_000_003) -> dict[str, float | int]:
-    """What the best language model and the best classifiers reach, as means over rows.
+    """What the best possible language model and classifiers reach, as means over rows.
 
-    nll_per_token and perplexity count the end symbol. An accuracy is the mean of the largest posterior, which has less
-    noise than counting hits: sequence_accuracy if the order of the words is known, bag_accuracy if it is not.
+    nll_per_token and perplexity count the end symbol. sequence_accuracy is that of the best classifier which knows the
+    order of the words, bag_accuracy that of the best one which does not. Both are means of the largest posterior, which
+    is less noisy than counting right predictions.
     """
     descriptions = [description for _, _, description in generate(rows, seed)]
     logs, tokens = class_logs(descriptions)
@@ -283,28 +289,29 @@ def limits(rows: int = 20_000, seed: int = 1_000_003) -> dict[str, float | int]:
 
 # ---------------------------------------------------------------------------------------------------- writing
 def write(folder: str | Path, rows: int, seed: int = 0, test_rows: int = 1_000) -> None:
-    """folder/train.csv and folder/test.csv in AG News's layout: no header, "3","Title","Description"; streamed."""
+    """Writes folder/train.csv and folder/test.csv in AG News's layout: "3","Title","Description" without a header."""
     write_csv(Path(folder) / "train.csv", stream_rows(rows, seed, stream=0))
     write_csv(Path(folder) / "test.csv", stream_rows(test_rows, seed, stream=1))
 
 
 def write_csv(path: Path, rows: Iterable[tuple[int, str, str]]) -> None:
+    """Writes one line per row, without holding all rows in memory."""
     lines = (f'"{label}","{title}","{description}"\n'.encode() for label, title, description in rows)
     write_atomically(path, lambda file: file.writelines(lines))
 
 
 @script("sample.py")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes the corpus, prints its limits as JSON, or both."""
+    """Writes the corpus, prints the numbers of `limits` as JSON, or both."""
     parser = Parser(prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", metavar="DIR", help="folder for train.csv and test.csv")
-    parser.add_argument("--rows", type=int, default=8_000, help="rows of train.csv (default %(default)s)")
-    parser.add_argument("--test-rows", type=int, default=1_000, help="rows of test.csv (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
-    parser.add_argument("--limits", action="store_true", help="print entropy and best accuracies")
+    parser.add_argument("--rows", type=int, default=8_000, help="number of rows of train.csv (default %(default)s)")
+    parser.add_argument("--test-rows", type=int, default=1_000, help="number of rows of test.csv (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random rows (default %(default)s)")
+    parser.add_argument("--limits", action="store_true", help="print the entropy and the best possible accuracies")
     options = parser.parse_args(argv)
     if not (options.out or options.limits):
-        parser.error("say where to write with --out DIR, or ask for --limits")
+        parser.error("give --out DIR to write the corpus, or --limits to print its limits")
     if min(options.rows - 1, options.test_rows - 1, options.seed) < 0:
         parser.error("--rows and --test-rows must be at least 1, --seed at least 0")
     if options.out:

@@ -38,7 +38,7 @@ class Part:
 
     @classmethod
     def without_labels(cls, texts: list[tuple[str, ...]]) -> "Part":
-        """Texts to be classified; the labels, which nobody knows, are 0."""
+        """Texts to be classified; the labels are not known and set to 0."""
         return cls(texts, np.zeros(len(texts), dtype=np.int64))
 
     def __len__(self) -> int:
@@ -54,7 +54,7 @@ class Task:
     """A classification task.
 
     corpus: the training texts for a language model; they differ from `train` if its rows are phrases or pairs.
-    fresh: (test rows,) bool, False for near copies of training rows; None if this is not known.
+    fresh: (test rows,) bool, False for near copies of rows of train.csv; None if the task is not AG News.
     """
     name: str
     labels: list[str]
@@ -103,7 +103,7 @@ def read_task(config, bilm_config) -> Task:
 
 
 class EncodedTexts:
-    """A part of a task in the ids of an ELMo. Rows that are pairs have all their first texts before the second ones.
+    """A part of a task in the ids of an ELMo. For pairs: all first texts, then all second texts.
 
     labels (N,); encoded: N rows, 2 N for pairs; words: (N,) or (2 N,) their lengths; lengths: (N,), of the longer text.
     """
@@ -145,7 +145,7 @@ def check_rows(texts: Sequence[str | tuple[str, str]], config) -> list[tuple[str
 
 # ---------------------------------------------------------------------------------------------------- AG News
 def with_title(title: str, description: str) -> str:
-    """One text of a row's two fields."""
+    """Title and description joined to one text."""
     return f"{title} . {description}"
 
 
@@ -231,7 +231,7 @@ def labelled_phrases(line: str) -> list[tuple[int, str]]:
     out = []
 
     def visit(phrase: Tree) -> list[str]:
-        """Appends the inner phrases, then this one; its words."""
+        """Appends the inner phrases and then `phrase` to out; returns its words."""
         words = []
         for child in phrase:
             words += visit(child) if isinstance(child, Tree) else [child]

@@ -27,7 +27,7 @@ PAD, UNK, BOS, EOS = range(4)
 SPECIAL = ["<pad>", "<unk>", "<s>", "</s>"]
 ENTITY = re.compile(r"(?<![&\w])(?<!&amp;)(#\d{1,7}|amp|quot|apos|lt|gt|nbsp);")     # AG News lost most entities' &
 TOKENS = RegexpTokenizer(
-    r"</?[A-Za-z][^<>]{0,200}>"             # mark-up, whole: it says where a story came from
+    r"</?[A-Za-z][^<>]{0,200}>"             # an HTML tag is one token: it can show the news source
     r"|(?:[^\W\d_]\.){2,}"                  # u.s., a.m.
     r"|\d+(?:[.,:/]\d+)*"                   # 1,000  4.5  9/11
     r"|(?i:n't)\b|'(?i:s|re|ve|ll|d|m)\b|\w+?(?=(?i:n't)\b)"            # can't -> ca n't, Iraq's -> Iraq 's
@@ -40,7 +40,7 @@ def tokenize(text: str) -> list[str]:
 
     "Oil #39;s up &lt;b&gt;4.5%&lt;/b&gt;." -> ["oil", "'s", "up", "<b>", "4.5", "%", "</b>", "."]
     """
-    text = re.sub(r"&#(?=\d{8})", "& #", text)      # no character has such a number, and Python refuses long ones
+    text = re.sub(r"&#(?=\d{8})", "& #", text)      # no such character exists, and int() refuses long numbers
     text = ENTITY.sub(r"&\1;", text)
     text = html.unescape(html.unescape(text))
     return TOKENS.tokenize(text.lower())
@@ -48,12 +48,12 @@ def tokenize(text: str) -> list[str]:
 
 def tokenize_texts(texts: Iterable[str], cache: Path | None = None) -> Tokens:
     """The tokens of many texts, from the folder `cache` if the same texts were tokenized before."""
-    version = f"{TOKENS._pattern} {ENTITY.pattern} {inspect.getsource(tokenize)}"       # other rules: another cache
+    version = f"{TOKENS._pattern} {ENTITY.pattern} {inspect.getsource(tokenize)}"       # changed rules get a new cache
     return tokenize_corpus(texts, tokenize, version, cache)
 
 
 class Vocabulary:
-    """words[i] is the word with id i. The first four are <pad> <unk> <s> </s>, which no token of a text can become."""
+    """words[i] is the word with id i. The first four are <pad> <unk> <s> </s>; a token can become <unk> only."""
 
     def __init__(self, words: Sequence[str]):
         self.words = list(words)
@@ -124,8 +124,8 @@ class Encoded:
 class Data:
     """A tokenized corpus, its vocabulary made from the training rows, and the row numbers of training and validation.
 
-    Only the script's run has the others. test: a corpus in the same ids, and the numbers of its test rows.
-    texts: the descriptions of train.csv and test.csv, by which near copies are found.
+    test: a corpus in the same ids, and the numbers of its test rows; texts: the descriptions of train.csv and test.csv,
+    by which near copies are found. Both are None in ELMo.train.
     """
     words: Vocabulary
     encoded: Encoded
@@ -175,8 +175,8 @@ class Data:
         lines = tokenize_texts(Lines(path), cache)
         size = config.validation
         if len(lines) <= 2 * size:
-            raise InputError(f"{path} has {len(lines):,} lines, of which validation and test take {size:,} each; "
-                             "choose a smaller --validation or name more text")
+            raise InputError(f"{path} has {len(lines):,} lines, but validation and test need {size:,} each; choose a "
+                             "smaller --validation or name more text")
         train_lines, others = split(len(lines), 2 * size, config.seed)
         first_half, second_half = split(2 * size, size, config.seed)
         tokens, line_of_row = lines.cut(LONGEST)
@@ -197,7 +197,7 @@ class Data:
         return sha.hexdigest()
 
     def counts(self) -> np.ndarray:
-        """(V,) how often each word is a target in the training rows; <s> and </s> are one per row and direction."""
+        """(V,) how often each word is a target in the training rows; </s> (forward) and <s> (backward) once per row."""
         counts = np.bincount(self.encoded.lookup, weights=self.encoded.tokens.counts(self.train),
                              minlength=len(self.words))
         counts[[BOS, EOS]] = len(self.train)
@@ -211,12 +211,15 @@ class Data:
 
     def summary(self) -> str:
         """Rows, vocabulary and unknown words, as lines to print."""
-        unknown = ", ".join(f"{share:.2%} of {name} tokens" for name, share in self.unknown().items())
+        unknown = ", ".join(f"{100 * share:.2f} % of {name} tokens" for name, share in self.unknown().items())
         return (f"{len(self.train):,} training, {len(self.validation):,} validation, {len(self.test[1]):,} test rows\n"
-                f"vocabulary {len(self.words):,} words; <unk> is {unknown}")
+                f"the vocabulary has {len(self.words):,} words; not in it: {unknown}")
 
     def fresh(self) -> dict[str, np.ndarray]:
-        """For AG News {"validation", "test"}: (rows,) bool, False for near copies of training rows; else {}."""
+        """For AG News {"validation", "test"}: (rows,) bool, False for near copies of training rows; otherwise {}.
+
+        Test rows are compared with all of train.csv, even if the run uses a part of it.
+        """
         if self.texts is None:
             return {}
         train, test = self.texts

@@ -1,22 +1,22 @@
-"""Baselines of the AG News classifier, and which differences are more than chance: models/baselines.json.
+"""Baselines of the AG News classifier, and tests of their differences: models/baselines.json.
 
-    tfidf               a linear model of words and word pairs, its hyperparameters chosen on validation rows
-    word2vec, svd       under the head of classification.py: one vector per word, from the same training rows
-    layer0, layer2      under the same head: one layer of the biLM
-    average             under the same head: the plain average of the layers
-    untrained           under the same head: all layers of a biLM with random weights
+    tfidf               a linear model of words and word pairs; its hyperparameters are chosen on validation rows
+    word2vec, svd       the head of classification.py on one vector per word, made from the same training rows
+    layer0, layer2      the same head on one layer of the biLM
+    average             the same head on the plain average of the layers
+    untrained           the same head on all layers of a biLM with random weights
 
     python report/baselines.py --seeds 3        80 minutes on two cores; takes the options of classification.py too
 
-The runs are in build/baselines, and a finished one is not trained again. They are compared with the settings in the
-classification.json of --out if that is of the same biLM.
+Runs are stored in build/baselines, and a finished one is not trained again. They are compared with the settings in the
+classification.json of --out if it was made with the same biLM.
 
-baselines.json: command, versions, machine, minutes (of all runs), peak_memory_gb, config, bilm (digest),
-rows.{name}: seeds, validation and test {mean, std} of the accuracy over the seeds, fresh (the same on the fresh test
-    rows), ensemble (accuracy of the seeds' mean probabilities on test rows), minutes, each {validation, test}
-    (accuracy of each seed; not for tfidf, which has none), tried (tfidf: validation accuracy by hyperparameters),
+baselines.json: command, versions, machine, minutes (of all runs), peak_memory_gb, config, data and bilm (digests),
+rows.{name}: seeds, validation and test {mean, std} of the accuracy over seeds, fresh (the same on the fresh test rows),
+    ensemble (test accuracy of the seeds' mean probabilities), minutes, each {validation, test} (accuracy of each seed;
+    tfidf has no seeds), tried (only tfidf: validation accuracy by hyperparameters),
     against.{word2vec, tfidf, layer0}: `run.metrics.mcnemar` of the ensembles on test rows; p is not corrected for the
-        number of rows here
+        number of comparisons
 """
 import sys
 import time
@@ -47,15 +47,15 @@ from ELMO import HERE, BiLM, ELMo
 from run import machine
 from run.files import InputError, read_json, write_json
 from run.metrics import mcnemar, mean_and_std
-from run.options import script, script_arguments
-from run.publication import options_of_weights
+from run.options import RUN_FLAGS, script, script_arguments
+from run.publication import Publication, options_of_weights
 
 VECTORS = ("word2vec", "svd", "layer0", "layer2", "average", "untrained")
 STATIC_VECTORS = {"width": 300, "passes": 10, "window": 5, "negatives": 10}     # SVD has the same width and window
 LINEAR_MODELS = (("svm", 0.1), ("svm", 0.3), ("svm", 1.0), ("logistic", 3.0), ("logistic", 10.0), ("logistic", 30.0))
 COMPARED = ("word2vec", "tfidf", "layer0")
 PARTS = {
-    "layer0": lambda layers: layers[:1, ..., :layers.shape[3] // 2],        # x, without its second copy in [x ; x]
+    "layer0": lambda layers: layers[:1, ..., :layers.shape[3] // 2],        # x; layer 0 is [x ; x]
     "layer2": lambda layers: layers[2:],
     "average": lambda layers: layers.mean(dim=0, keepdim=True)}
 
@@ -90,7 +90,7 @@ class StaticVectors:
 
 
 def make_vectors(kind: str, config: Config, elmo: ELMo, task: Task):
-    """The word vectors of one kind in VECTORS; static ones are made from the task's training texts."""
+    """Word vectors of one of the kinds in VECTORS; word2vec and svd are made from the task's training texts."""
     if kind in PARTS:
         return PartOfELMo(elmo.model, kind)
     if kind == "untrained":
@@ -107,7 +107,8 @@ def make_vectors(kind: str, config: Config, elmo: ELMo, task: Task):
 def static_vectors(kind: str, data: Data, seed: int, width: int = STATIC_VECTORS["width"]) -> np.ndarray:
     """(V, width) float32 of unit variance, one vector per word, from the training rows; kind: "word2vec" or "svd".
 
-    Word2Vec is skip-gram: it is slower than CBOW and clearly better if a validation row is the mean of its words.
+    Word2Vec is skip-gram, which is slower than CBOW but was clearly better when a validation row was classified by the
+    mean of its words.
     """
     if kind == "svd":
         table = svd(data, width, seed)
@@ -120,9 +121,9 @@ def static_vectors(kind: str, data: Data, seed: int, width: int = STATIC_VECTORS
 
 
 def svd(data: Data, width: int, seed: int) -> np.ndarray:
-    """(V, width) float32 U sqrt(S), where U S V' is the truncated SVD of the words' positive mutual information.
+    """(V, width) float32 U sqrt(S), where U S V' is the truncated SVD of max(PMI, 0).
 
-    PMI(w, c) = log(p(w, c) / (p(w) p(c))) over all pairs of words near each other (Levy, Goldberg and Dagan 2015).
+    PMI(w, c) = log(p(w, c) / (p(w) p(c))) over the pairs of `pair_counts` (Levy, Goldberg and Dagan 2015).
     """
     counts = pair_counts(data)
     inverse = diags(1 / np.maximum(counts.sum(axis=1).A1, 1))
@@ -135,7 +136,7 @@ def svd(data: Data, width: int, seed: int) -> np.ndarray:
 
 
 def pair_counts(data: Data) -> csr_matrix:
-    """(V, V) how often two words stand at most `window` apart in a training row."""
+    """(V, V) how often two words occur at most `window` positions apart in a training row."""
     ids, offsets = data.encoded.flat(data.train)
     row = np.repeat(np.arange(len(data.train)), np.diff(offsets))           # of each token
     shape = (len(data.words), len(data.words))
@@ -154,12 +155,15 @@ def texts_of(part: Part) -> list[str]:
 
 
 def count_words(corpus: Sequence[str]) -> dict[int, TfidfVectorizer]:
-    """{n: TF-IDF weights of all sequences of 1 to n words}, counted in all texts, labelled or not."""
+    """{n: TF-IDF weights of all sequences of 1 to n words}, counted in all texts, with or without labels."""
     return {n: TfidfVectorizer(ngram_range=(1, n), sublinear_tf=True, min_df=2).fit(corpus) for n in (1, 2)}
 
 
 def tfidf(task: Task, vectorizers: dict[int, TfidfVectorizer]) -> tuple[dict, np.ndarray]:
-    """(row, predictions on test rows) of the linear model that is best on validation rows, the last of equal ones."""
+    """(row of baselines.json, predictions on test rows) of the linear model with the best validation accuracy.
+
+    If several are equally good, the last one is taken.
+    """
     tried = {}
     for n, vectorizer in vectorizers.items():
         parts = (task.train, task.validation, task.test)
@@ -182,7 +186,7 @@ def tfidf(task: Task, vectorizers: dict[int, TfidfVectorizer]) -> tuple[dict, np
 
 
 def row(result: dict, setting: str) -> tuple[dict, np.ndarray]:
-    """(row, predictions on test rows) of one setting of a classification JSON."""
+    """(row of baselines.json, predictions on test rows) of one setting in the JSON file of a classification."""
     numbers = result["settings"][setting]
     test = numbers["test"]
     each = {part: [seed["accuracy"] for seed in numbers[part]["seeds"]] for part in ("validation", "test")}
@@ -193,7 +197,7 @@ def row(result: dict, setting: str) -> tuple[dict, np.ndarray]:
 
 
 def finished_run(path: Path, digest: str, rows: int, options: dict) -> dict | None:
-    """The JSON of a run with these options on this biLM and this number of test rows; None if there is none."""
+    """The content of `path` if it was made with these options, biLM and number of test rows; otherwise None."""
     if not path.exists():
         return None
     with read_json(path) as result:
@@ -203,7 +207,7 @@ def finished_run(path: Path, digest: str, rows: int, options: dict) -> dict | No
 
 
 def train_head(kind: str, config: Config, options, elmo: ELMo, test_rows: int) -> dict | None:
-    """The JSON of the head on one kind of vectors, trained if there is none yet; None if training was stopped."""
+    """The numbers of the head on one kind of vectors, trained if that is not done; None if training was stopped."""
     wanted = (options.build / f"{kind}.json", elmo.digest, test_rows, options_of_weights(config))
     if finished_run(*wanted) is None:
         print(f"training the head on {kind}", flush=True)
@@ -215,15 +219,19 @@ def train_head(kind: str, config: Config, options, elmo: ELMo, test_rows: int) -
 @script("baselines.py")
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, 2 for an input that the user can fix, 130 after Ctrl-C."""
-    config, options = script_arguments(argv, Config, "baselines.py", __doc__, HERE / "models", {
+    config, options = script_arguments(argv, Config, "baselines.py", __doc__, HERE / "models", RUN_FLAGS | {
         "--bilstm": {"metavar": "FILE", "type": Path, "default": HERE / "models" / "bilstm.pt", "help": "the biLM"},
         "--build": {"metavar": "DIR", "type": Path, "default": HERE / "build" / "baselines",
-                    "help": "folder of the runs (default build/baselines)"}})
+                    "help": "folder for the runs (default build/baselines)"}})
     if config.stem != "classifier":
-        raise InputError("baselines are for ag_news by its descriptions, neither adapted nor fine-tuned; leave those "
-                         "options out")
+        raise InputError("baselines are only for --task ag_news with descriptions; leave out --fields, --adapt and "
+                         "--finetune")
+    publication = Publication("baselines", config, options)
     elmo = ELMo.load(options.bilstm)
     task = read_task(config, elmo.config)
+    source = {"data": task.digest, "bilm": elmo.digest}
+    if publication.finished(source):
+        return 0
     begin = time.perf_counter()
     numbers, predicted = tfidf(task, count_words(task.corpus))
     numbers["minutes"] = (time.perf_counter() - begin) / 60
@@ -244,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         numbers["against"] = {other: mcnemar(correct[name], correct[other]) for other in COMPARED if other != name}
         print(f"{name:<12}{numbers['validation']['mean']:.2%} validation, {numbers['test']['mean']:.2%} test accuracy")
     about = machine.provenance(machine.find_device(), 60 * minutes)
-    write_json(options.out / "baselines.json", about | {"config": asdict(config), "bilm": elmo.digest, "rows": rows})
+    write_json(publication.json, about | {"config": asdict(config)} | source | {"rows": rows})
     return 0
 
 

@@ -4,23 +4,30 @@
     python report/bench.py --quick                      shorter measures, 3 minutes
     python report/bench.py --hidden 96 --rows 9000      any option of ELMO.py, for the training that is measured
 
-OUT/bench.json has the median of three repeats of every number. All measures have a turn in each repeat, in the opposite
-order in the second one, after a warm-up that does not count. Ratios are taken within a repeat.
+OUT/bench.json has the median over three repeats of every number. Each repeat runs all measures once, the second repeat
+in the opposite order. A warm-up before the first repeat does not count. Ratios are taken within a repeat.
+
+Measured on machine.device, which is the GPU if there is one:
     tokens_per_second: training by ELMO.py; targets of both directions, end symbols included, padding left out
     classification_rows_per_second: training by classification.py, nine heads on the frozen biLM
-    busy_tokens_per_second, busy_classification_rows_per_second: the same beside one process that is always busy
-    busy_over_idle_tokens, busy_over_idle_classification: the share of the idle speed that is left beside it
+    busy_tokens_per_second, busy_classification_rows_per_second: the same beside one process that keeps a core busy
+    busy_over_idle_tokens, busy_over_idle_classification: the busy speed divided by the idle speed
     common_loop_tokens_per_second, plain_loop_tokens_per_second: training by `common_loop` and `plain_loop` below
-    times_common_loop, times_plain_loop: tokens_per_second over these
-    step_seconds_{10k, 28k, 100k, 800k}: a training step with so many words, on the same rows;
-        largest_vocabulary_over_published: the time with 800k over that with 28k
-    embed_fp32_per_second, embed_bf16_per_second: descriptions through `ELMo.embed_stream`
-    predict_per_second: descriptions through `Classifier.predict`, in bf16 if it is fast
-    tokenize_rows_per_second: descriptions, into an empty cache; tokenize_open_seconds: opening that cache again
+    times_common_loop, times_plain_loop: tokens_per_second divided by these
+    step_seconds_{10k, 28k, 100k, 800k}: a training step with a vocabulary of this size, on the same rows
+    largest_vocabulary_over_published: step_seconds_800k divided by step_seconds_28k
+    embed_fp32_per_second, embed_bf16_per_second: descriptions through `ELMo.embed_stream`, tokenized on the CPU
+    predict_per_second: descriptions through `Classifier.predict`, in bf16 if it is fast, tokenized on the CPU
+Measured on the CPU, machine.cpu, on every machine:
+    tokenize_rows_per_second: descriptions tokenized into an empty cache
+    tokenize_open_seconds: opening that cache again
     startup_seconds: `python ELMO.py --help`
-    repeats [{number: value}, ..]; vocabulary (of the training), tokenized_rows, embedded_texts: sizes of the measures
-    training_memory_gb: peak of this process after its first training steps; peak_memory_gb: at the end (800,000 words)
-    command, quick, config, versions, machine, minutes (of the bench), load_before: the load average at the start
+    training_memory_gb, peak_memory_gb: largest main memory of this process after the first training steps, and at the
+        end, with a vocabulary of 800,000; a GPU's own memory is not counted
+    load_before: the system's load average before the bench
+Sizes and origin:
+    repeats [{number: value}, ..], vocabulary (size in training), tokenized_rows, embedded_texts
+    command, quick, config, versions, machine, minutes (of the whole bench)
 """
 import os
 import subprocess
@@ -49,16 +56,16 @@ from data.batches import batches, collate
 from data.tasks import EncodedTexts, ag_news_part
 from data.text import PAD, UNK, Data, Encoded, Vocabulary, tokenize_texts
 from run.files import write_json
-from run.machine import autocast, compute_dtype, find_device, peak_memory_gb, provenance
+from run.machine import autocast, compute_dtype, find_device, peak_memory_gb, provenance, upload
 from run.options import script, script_arguments
 
 REPEATS = 3
 SIZES = {"10k": 10_000, "28k": 28_000, "100k": 100_000, "800k": 800_000}        # words of the vocabularies
 COMMON_WORDS = 14_000
-SECONDS = 14.0          # of a measure of training
-QUICK_SECONDS = 2.0     # the same for --quick
+SECONDS = 14.0          # that training is measured for
+QUICK_SECONDS = 2.0     # the same with --quick
 TEXTS = 1000            # embedded and classified
-# `while True: pass`, but it ends if the bench is killed.
+# `while True: pass`, except that it ends if the bench is killed.
 BUSY = "import os, sys\nwhile os.getppid() == int(sys.argv[1]):\n    for _ in range(1_000_000): pass"
 RATIOS = {                                                  # name: (numerator, denominator)
     "busy_over_idle_tokens": ("busy_tokens_per_second", "tokens_per_second"),
@@ -70,7 +77,7 @@ RATIOS = {                                                  # name: (numerator, 
 
 # ------------------------------------------------------------------------------------------------ other loops
 class CommonModel(nn.Module):
-    """The models of public copies of the assignment: per direction two LSTM layers of 300 and an untied softmax."""
+    """What public solutions of the assignment train: two LSTM layers of 300 per direction, and an untied softmax."""
 
     def __init__(self):
         super().__init__()
@@ -86,7 +93,7 @@ class CommonModel(nn.Module):
 
 
 class PlainModel(ELMO.BiLM):
-    """ELMo's biLM with a dense gradient of the word table and the full softmax."""
+    """ELMo's biLM with the full softmax, whose gradient of the word table is dense."""
 
     def nll(self, d: int, x: Tensor, y: Tensor) -> Tensor:
         """Summed nll of direction d; x and y (T, B)."""
@@ -100,29 +107,31 @@ class PlainModel(ELMO.BiLM):
 
 @dataclass
 class Loop:
-    """The usual training loop, with torch's own threads: one direction after the other, then one dense update."""
+    """The usual training loop with torch's default threads: one direction after the other, then one dense update."""
     model: nn.Module
     optimizer: torch.optim.Optimizer
     encoded: Encoded
     batches: list[np.ndarray]
     device: torch.device
 
-    def step(self, number: int) -> tuple[float, int]:
-        """One update; returns (summed nll, targets) of the batch."""
-        x, y = (ids.to(self.device) for ids in collate(self.encoded, self.batches[number % len(self.batches)]))
-        targets = int((y != PAD).sum())
-        total = 0.0
+    def step(self, number: int) -> tuple[Tensor, int]:
+        """One update on batch `number`; returns its (summed nll, targets), without waiting for a GPU to compute it."""
+        ids, gold = collate(self.encoded, self.batches[number % len(self.batches)])
+        targets = int((gold != PAD).sum())
+        x = upload(ids, self.device)
+        y = upload(gold, self.device)
+        total = torch.zeros((), device=self.device)
         for d in range(2):
             nll = self.model.nll(d, x[d], y[d])
             (nll / targets).backward()
-            total += nll.item()
+            total += nll.detach()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return total, targets
 
 
 def common_loop(config: ELMO.Config, data: Data, device: torch.device) -> Loop:
-    """How public copies train: fp32, Adam, 16 rows per batch in random order, words beyond 14,000 as <unk>."""
+    """How public solutions train: fp32, Adam, 16 rows per batch in random order, all but 14,000 words as <unk>."""
     model = CommonModel().to(device)
     order = np.random.default_rng(config.seed).permutation(data.train)
     rows = np.split(order, range(16, len(order), 16))
@@ -130,7 +139,7 @@ def common_loop(config: ELMO.Config, data: Data, device: torch.device) -> Loop:
 
 
 def plain_loop(config: ELMO.Config, data: Data, device: torch.device) -> Loop:
-    """The model, precision and batch size of ELMO.py with the full softmax and a dense AdamW for all weights."""
+    """The model, precision and batch size of ELMO.py, but the full softmax and one AdamW with dense gradients."""
     model = PlainModel(config, len(data.words)).to(device)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     adamw = torch.optim.AdamW(weights, lr=config.lr, weight_decay=0.0, fused=True)
@@ -138,54 +147,52 @@ def plain_loop(config: ELMO.Config, data: Data, device: torch.device) -> Loop:
     return Loop(model, adamw, data.encoded, [data.train[part] for part in parts], device)
 
 
-class Resized(Data):
-    """Data with another vocabulary. Words that no row holds count once, so that they are sampled too."""
-
-    def counts(self) -> np.ndarray:
-        """(V,) how often each word is a target, at least once."""
-        return np.maximum(super().counts(), 1)
-
-
-def resized(data: Data, size: int) -> Resized:
-    """The same rows with `size` words: the rarest words become <unk>, or words that no row holds are added."""
+def resized(data: Data, size: int) -> Data:
+    """The same rows with `size` words: the rarest words become <unk>, or words that occur in no row are added."""
     words = data.words.words[:size] + [f"extra{i}" for i in range(size - len(data.words))]
     lookup = np.where(data.encoded.lookup < size, data.encoded.lookup, UNK)
-    return Resized(Vocabulary(words), replace(data.encoded, lookup=lookup), data.train, data.validation)
+    return Data(Vocabulary(words), replace(data.encoded, lookup=lookup), data.train, data.validation)
 
 
 # -------------------------------------------------------------------------------------------------- measuring
 def training_speed(name: str, trainer, seconds: float) -> dict[str, float]:
-    """{name: targets or rows per second} of the steps 0, 1, 2, .., as many as take `seconds`."""
+    """{name: targets or rows per second}: runs the steps 0, 1, 2, .. until `seconds` have passed."""
     items = 0
     begin = time.perf_counter()
     for number in count():
         loss, *_, targets = trainer.step(number)
-        float(loss)                                 # waits for the device
         items += targets
-        elapsed = time.perf_counter() - begin
-        if elapsed >= seconds:
-            return {name: items / elapsed}
+        if number % 20 == 0 or time.perf_counter() - begin >= seconds:
+            float(loss)                             # waits for a GPU
+            elapsed = time.perf_counter() - begin
+            if elapsed >= seconds:
+                return {name: items / elapsed}
 
 
 def busy_training_speed(name: str, trainer, seconds: float) -> dict[str, float]:
-    """The same beside another process that keeps a core busy."""
+    """The same, with "busy_" before the name, beside another process that keeps a core busy."""
     with subprocess.Popen([sys.executable, "-c", BUSY, str(os.getpid())]) as process:
         try:
-            time.sleep(0.3)             # until it has started
+            time.sleep(0.3)             # the process needs a moment to start
             return training_speed(f"busy_{name}", trainer, seconds)
         finally:
             process.kill()
 
 
 def seconds_of(call: Callable) -> float:
-    """Seconds of one call."""
+    """Seconds that a call takes, its work on a GPU included."""
     begin = time.perf_counter()
     call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()                    # the last update of a step may still be under way
     return time.perf_counter() - begin
 
 
 def step_seconds(trainers: dict[str, ELMO.Trainer], seconds: float) -> dict[str, float]:
-    """Mean seconds of a step for each trainer: the same steps, in turn and back, about `seconds` for each trainer."""
+    """{step_seconds_NAME: mean seconds per step} of each trainer, from about `seconds` of training each.
+
+    All trainers run step 0, then all run step 1 in the opposite order, and so on.
+    """
     spent = dict.fromkeys(trainers, 0.0)
     names = list(trainers)
     for number in count():
@@ -197,20 +204,20 @@ def step_seconds(trainers: dict[str, ELMO.Trainer], seconds: float) -> dict[str,
 
 
 def tokenizing(texts: list[str]) -> dict[str, float]:
-    """A first tokenization into an empty cache, and a second one, which only opens it."""
+    """Speed of tokenizing into an empty cache, and seconds of a second call, which only opens the cache."""
     with TemporaryDirectory() as cache:
         first, second = (seconds_of(partial(tokenize_texts, texts, Path(cache))) for _ in range(2))
     return {"tokenize_rows_per_second": len(texts) / first, "tokenize_open_seconds": second}
 
 
 def startup() -> dict[str, float]:
-    """A process that prints the help of ELMO.py."""
+    """Seconds of a process that prints the help of ELMO.py."""
     command = [sys.executable, str(ELMO.HERE / "ELMO.py"), "--help"]
     return {"startup_seconds": seconds_of(partial(subprocess.run, command, stdout=subprocess.DEVNULL, check=True))}
 
 
 def interleaved(measures: Sequence[Callable[[], dict]]) -> list[dict]:
-    """The numbers of each repeat. Every measure has its turn in each, so that a slow minute does not meet one alone."""
+    """The numbers of each repeat. Each repeat runs all measures, so that a slow minute affects several of them."""
     repeats = [{} for _ in range(REPEATS)]
     for number, repeat in enumerate(repeats):
         for measure in measures if number % 2 == 0 else reversed(measures):
@@ -222,7 +229,7 @@ def interleaved(measures: Sequence[Callable[[], dict]]) -> list[dict]:
 
 
 def inference(classifier: classification.Classifier, texts: list[str]) -> dict[str, float]:
-    """Descriptions per second, embedded in two precisions and classified."""
+    """Descriptions per second: embedded in fp32, embedded in bf16, and classified."""
     calls = {"embed_fp32_per_second": lambda: deque(classifier.elmo.embed_stream(texts, "fp32"), maxlen=0),
              "embed_bf16_per_second": lambda: deque(classifier.elmo.embed_stream(texts, "bf16"), maxlen=0),
              "predict_per_second": lambda: classifier.predict(texts, "auto")}
@@ -237,15 +244,15 @@ def bench(config: ELMO.Config, seconds: float) -> dict:
     data = Data.of_ag_news(config, CACHE)
     rows = data.texts[0] + data.texts[1]
     texts = data.texts[1][:TEXTS]
-    on_host = interleaved([partial(tokenizing, rows), startup])     # first, while there is little memory to fork
+    on_cpu = interleaved([partial(tokenizing, rows), startup])      # first, because a small process forks faster
     trainers = {"tokens_per_second": ELMO.Trainer(config, data, device)}
     training_speed("warm-up", trainers["tokens_per_second"], seconds / 2)
     memory = peak_memory_gb()
-    heads = classification.Config(seeds=3)                          # nine, in three settings
+    heads = classification.Config(seeds=3)                          # nine heads: three seeds in three settings
     part = EncodedTexts(ag_news_part(read_ag_news("train"), heads.fields), classifier.elmo, CACHE)
     trainers["classification_rows_per_second"] = classification.Trainer(
         heads, classification.ELMoVectors(classifier.elmo.model), {"train": part}, 4)
-    words = replace(data, encoded=replace(data.encoded, chars=None))        # word ids, whatever x is made from
+    words = replace(data, encoded=replace(data.encoded, chars=None))        # both loops read word ids, not characters
     trainers["common_loop_tokens_per_second"] = common_loop(config, words, device)
     trainers["plain_loop_tokens_per_second"] = plain_loop(config, words, device)
     sizes = {name: ELMO.Trainer(config, resized(data, size), device) for name, size in SIZES.items()}
@@ -256,8 +263,8 @@ def bench(config: ELMO.Config, seconds: float) -> dict:
         if "loop" not in name:
             measures.append(partial(busy_training_speed, name, trainer, seconds))
     step_seconds(sizes, 0)                                          # warm-up
-    inference(classifier, texts[:50])
-    repeats = [first | second for first, second in zip(on_host, interleaved(measures), strict=True)]
+    inference(classifier, texts[:50])                               # warm-up
+    repeats = [first | second for first, second in zip(on_cpu, interleaved(measures), strict=True)]
     for repeat in repeats:
         repeat.update({name: repeat[above] / repeat[below] for name, (above, below) in RATIOS.items()})
     medians = {name: median(repeat[name] for repeat in repeats) for name in repeats[0]}

@@ -1,7 +1,7 @@
-"""Makes everything that shows the numbers in models/*.json: figures, the README's results, report.pdf, explore.ipynb.
+"""Writes everything that shows the numbers in models/*.json: figures, the README's results, report.pdf, explore.ipynb.
 
-`python report/build.py` takes about a minute; the notebook reads the test rows of AG News. Typst has a pinned version
-and uses its own fonts only, so the same JSON files and figures give the same PDF byte for byte.
+`python report/build.py` takes about a minute. It needs AG News, because the notebook reads its test rows. The version
+of Typst is pinned and only its own fonts are used, so the same JSON files and figures give the same PDF byte for byte.
 """
 import sys
 from collections.abc import Sequence
@@ -25,12 +25,12 @@ from run.files import InputError, one_line, read_json, read_text, write_atomical
 from run.options import script
 
 ROOT = Path(__file__).resolve().parent.parent
-CLASSIFICATIONS = ("classification", "finetuned", "titled", "sst5", "sst2", "nli")
+CLASSIFICATIONS = ("classification", "finetuned", "titled_finetuned", "adapted_sst5", "adapted_sst2", "adapted_nli")
 MADE_BY = {
     "pretraining": "python ELMO.py",
     "classification": "python classification.py --seeds 3",
-    **dict.fromkeys(("baselines", "finetuned", "titled"), "make train"),
-    **dict.fromkeys(("sst5", "sst2", "nli"), "make tasks"),
+    **dict.fromkeys(("baselines", "finetuned", "titled_finetuned"), "make train"),
+    **dict.fromkeys(("adapted_sst5", "adapted_sst2", "adapted_nli"), "make tasks"),
     **{name: f"make {name}" for name in ("findings", "bench", "faults")}}
 FINDINGS = {"heatmap", "labels", "leaks", "map", "mixes", "neighbours", "senses", "settings", "weights"}
 SETTINGS = ("trainable", "frozen", "function")
@@ -49,7 +49,7 @@ def check_numbers(folder: Path) -> None:
 
 
 def draw_figures(folder: Path) -> None:
-    """Draws all pictures in FOLDER/figures/ again from the JSON files in `folder`."""
+    """Draws all figures in FOLDER/figures/ again from the JSON files in `folder`."""
     with read_json(folder / "pretraining.json") as result:
         pretraining(result, folder)
     for name in CLASSIFICATIONS:
@@ -60,17 +60,20 @@ def draw_figures(folder: Path) -> None:
 
 
 def mean_and_std(number: dict) -> str:
-    """"91.23 ± 0.10", in percent; only the mean if there is one seed. A tie goes up, as in the report."""
+    """"91.23 ± 0.10" for {"mean": 0.9123, "std": 0.001}; "91.23" for one seed. Halves round up, as in the report."""
     return " ± ".join(f"{100 * share + 1e-9:.2f}" for share in number.values() if share is not None)
 
 
 def filled(what: str, number: str, r: dict) -> tuple[str, str, str]:
-    """(what, number, command) from two format strings and the JSON; so do the functions below."""
+    """(what, number, command) for a line of the README's table, from two format strings and the content `r` of a JSON.
+
+    The other functions in LINES return the same three.
+    """
     return what.format(**r), number.format(**r), r["command"]
 
 
 def accuracy_line(what: str, r: dict) -> tuple[str, str, str]:
-    """The test accuracy in the setting that is best on validation rows."""
+    """Test accuracy in the setting with the best validation accuracy."""
     settings = r["settings"]
     best = max(settings, key=lambda name: settings[name]["validation"]["accuracy"]["mean"])
     accuracy = mean_and_std(settings[best]["test"]["accuracy"])
@@ -78,7 +81,7 @@ def accuracy_line(what: str, r: dict) -> tuple[str, str, str]:
 
 
 def baseline_line(r: dict) -> tuple[str, str, str]:
-    """How far the settings are from Word2Vec under the same head: mean of the seeds, then ensemble and its test."""
+    """Accuracy of the settings minus that of Word2Vec under the same head: means over seeds, then ensembles with p."""
     word2vec = r["rows"]["word2vec"]
     rows = [r["rows"][name] for name in SETTINGS]
     means = [f"{100 * (row['test']['mean'] - word2vec['test']['mean']):+.2f}" for row in rows]
@@ -90,7 +93,7 @@ def baseline_line(r: dict) -> tuple[str, str, str]:
 
 
 def labels_line(r: dict) -> tuple[str, str, str]:
-    """ELMo with 1 % of the labels beside Word2Vec with 3 %."""
+    """Test accuracy of ELMo with 1 % of the labels and of Word2Vec with 3 %."""
     shown = []
     for system, share in (("elmo", 1.0), ("word2vec", 3.0)):
         point = r["systems"][system][r["shares"].index(share)]
@@ -101,12 +104,22 @@ def labels_line(r: dict) -> tuple[str, str, str]:
 
 
 def senses_line(r: dict) -> tuple[str, str, str]:
-    """How often the nearest uses of an ambiguous word have its class."""
+    """Share of the uses of ambiguous words whose class their nearest uses predict."""
     what = "class of an ambiguous word's use predicted by its nearest uses; by the word's most frequent class"
     return what, f"{100 * r['votes'][r['best']]:.1f} %; {100 * r['majority']:.1f} %", r["command"]
 
 
-LINES = [                               # (JSON file or finding, function of its content)
+def bench_line(r: dict) -> tuple[str, str, str]:
+    """Training speed, idle and beside a busy process, on the GPU that trained or on so many cores of the CPU."""
+    machine = r["machine"]
+    place = machine["device"]
+    if machine.get("cpu", place) == place:                      # older files have no `cpu`; they were made on a CPU
+        place = f"{machine['cores']} cores ({place})"
+    what = f"targets per second of training on {place}; beside one busy process"
+    return what, f"{r['tokens_per_second']:,.0f}; {r['busy_tokens_per_second']:,.0f}", r["command"]
+
+
+LINES = [                               # (name of a JSON file or finding, function of its content)
     ("pretraining", partial(
         filled, "test perplexity, full softmax over {vocabulary:,} words, forward and backward; Kneser-Ney, forward",
         "{splits[test][forward][perplexity]:.1f}, {splits[test][backward][perplexity]:.1f}; "
@@ -114,22 +127,20 @@ LINES = [                               # (JSON file or finding, function of its
     ("classification", partial(accuracy_line, "test accuracy on AG News, the biLM frozen")),
     ("baselines", baseline_line),
     ("finetuned", partial(accuracy_line, "AG News, the biLM fine-tuned")),
-    ("titled", partial(accuracy_line, "AG News with titles, the biLM fine-tuned")),
-    ("sst5", partial(accuracy_line, "SST, five classes, whole sentences")),
-    ("sst2", partial(accuracy_line, "SST, two classes")),
-    ("nli", partial(accuracy_line, "a subset of MultiNLI's evaluation rows")),
+    ("titled_finetuned", partial(accuracy_line, "AG News with titles, the biLM fine-tuned")),
+    ("adapted_sst5", partial(accuracy_line, "SST, five classes, whole sentences")),
+    ("adapted_sst2", partial(accuracy_line, "SST, two classes")),
+    ("adapted_nli", partial(accuracy_line, "a subset of MultiNLI's evaluation rows")),
     ("labels", labels_line),
     ("senses", senses_line),
-    ("bench", partial(
-        filled, "targets per second of training on {machine[cores]} cores ({machine[device]}); beside one busy process",
-        "{tokens_per_second:,.0f}; {busy_tokens_per_second:,.0f}")),
+    ("bench", bench_line),
     ("faults", partial(
         filled, "runs killed at random moments, of them with a saved state; resumed to the same weights bit for bit",
         "{kills[tried]}, {kills[with_state]}; {kills[survived]}"))]
 
 
 def results(folder: Path) -> str:
-    """The README's table of what the project shows, from the JSON files in `folder`, with the commands."""
+    """The README's table of results, from the JSON files in `folder`; each line ends with the command that made it."""
     lines = ["| what | measured | by |", "|---|---|---|"]
     for name, line in LINES:
         file = "findings" if name in FINDINGS else name
@@ -140,14 +151,14 @@ def results(folder: Path) -> str:
 
 
 def with_results(readme: str, folder: Path) -> str:
-    """The README with the table between its markers written anew."""
+    """The README with a new table between its markers."""
     before, rest = readme.split("<!-- results -->\n")
     _, after = rest.split("\n<!-- end -->")
     return f"{before}<!-- results -->\n{results(folder)}\n<!-- end -->{after}"
 
 
 def pdf(root: Path) -> bytes:
-    """The compiled report. Raises InputError if the numbers in ROOT/models do not belong together."""
+    """The compiled report. Raises InputError if the JSON files in ROOT/models are not of the same runs."""
     try:
         return typst.compile(root / "report" / "report.typ", root=root, ignore_system_fonts=True)
     except typst.TypstError as error:
@@ -155,11 +166,11 @@ def pdf(root: Path) -> bytes:
 
 
 def executed(notebook: Path) -> str:
-    """The notebook with the outputs of its cells, without times. Raises InputError if it is damaged or a cell fails."""
+    """The notebook after running all its cells, without times. Raises InputError if it is damaged or a cell fails."""
     try:
         book = nbformat.read(notebook, as_version=4)
     except ValueError as error:
-        raise InputError(f"{notebook} is no notebook: {one_line(error)}; restore it") from None
+        raise InputError(f"{notebook} is not a notebook: {one_line(error)}; restore it") from None
     resources = {"metadata": {"path": str(notebook.parent)}}        # the folder in which the cells run
     client = NotebookClient(book, timeout=300, record_timing=False, coalesce_streams=True, resources=resources,
                             extra_arguments=["--log-level=ERROR"])
@@ -169,13 +180,13 @@ def executed(notebook: Path) -> str:
         raise InputError(f"a cell of explore.ipynb fails: {error.ename}: {error.evalue}") from None
     except (CellControlSignal, DeadKernelError) as error:
         raise InputError(f"a cell of explore.ipynb fails: {one_line(error)}") from None
-    book.metadata["language_info"] = {"name": "python"}     # without the version, which would differ between machines
+    book.metadata["language_info"] = {"name": "python"}     # not Python's version, which differs between machines
     return nbformat.writes(book) + "\n"
 
 
 @script("build.py")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0, or 2 if an input is missing; README, report and notebook are written only if all could be made."""
+    """Exit status 0, or 2 if an input is missing or wrong; then README, report and notebook stay as they are."""
     ag_news_folder()                # fails here rather than in a cell of the notebook
     models = ROOT / "models"
     report = ROOT / "report"

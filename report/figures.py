@@ -1,4 +1,4 @@
-"""Figures of report/findings.py: each function takes the numbers `r` of one finding in findings.json."""
+"""Figures of report/findings.py. Each function draws one finding; `r` is its entry in findings.json."""
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ def findings(result: dict, out: Path) -> None:
 
 
 def leak_test(r: dict) -> Figure:
-    """How much each hidden state of one row moves if one word becomes another."""
+    """How much each hidden state of one row changes if one word is replaced by another."""
     example = r["example"]
     tokens = example["tokens"]
     figure = Figure(figsize=(7, 4.4))
@@ -47,13 +47,14 @@ def leak_test(r: dict) -> Figure:
 
 
 def similarity(r: dict) -> Figure:
-    """Cosine similarity of every pair of words of one sentence, one panel per layer."""
+    """Cosine similarity of every pair of words of one sentence, one panel per layer; negative cosines are shown too."""
     tokens = r["tokens"]
     layers = np.array(r["layers"])                                      # (3, T, T)
+    lowest = layers.min()
     figure = Figure(figsize=(10.2, 4), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
     for axes, values, name in zip(panels, layers, LAYER_NAMES, strict=True):
-        image = axes.imshow(values, cmap="cividis", vmin=0, vmax=1)
+        image = axes.imshow(values, cmap="cividis", vmin=lowest, vmax=1)
         axes.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=11)
         axes.set_yticks(range(len(tokens)), tokens, fontsize=11)
         axes.set_xlabel(name, fontsize=12)
@@ -62,12 +63,12 @@ def similarity(r: dict) -> Figure:
     cosine = layers[:, first, second]                                   # (3,)
     figure.suptitle(f"The two uses of “{word}” are the same vector in layer 0; "
                     f"their cosine is {cosine[1]:.2f} in layer 1 and {cosine[2]:.2f} in layer 2", fontsize=13)
-    figure.colorbar(image, ax=panels, shrink=0.7, label="cosine similarity")
+    figure.colorbar(image, ax=panels, shrink=0.7, label=f"cosine similarity, {lowest:.2f} to 1")
     return figure
 
 
 def document_map(r: dict) -> Figure:
-    """Test rows in the plane, coloured by class."""
+    """The t-SNE map of test rows, coloured by class."""
     figure, axes = new_figure(6.2, 5)
     points = np.array([r["x"], r["y"]])                                 # (2, N)
     classes = np.array(r["labels"])
@@ -83,7 +84,7 @@ def document_map(r: dict) -> Figure:
 
 
 def layer_weights(r: dict) -> Figure:
-    """Layer weights s_0, s_1 and s_2 that each task learned: mean over seeds, and each seed as a dot."""
+    """Layer weights s_0, s_1 and s_2 that each task learned: bars are means over seeds, dots are single seeds."""
     figure, axes = new_figure(6.8, 3.8)
     tasks = {task: np.array(run["s"]) for task, run in r["tasks"].items()}      # each (seeds, 3)
     means = np.array([s.mean(axis=0) for s in tasks.values()])                  # (tasks, 3)
@@ -108,7 +109,7 @@ def layer_weights(r: dict) -> Figure:
 
 
 def sense_bars(r: dict) -> Figure:
-    """Share of uses whose class the nearest uses vote for, per layer, and the share by the nearest use only."""
+    """For each layer, the share of uses whose class is predicted by the nearest uses' vote, and by the nearest use."""
     figure, axes = new_figure(5.6, 3.8)
     votes = 100 * np.array(r["votes"])                                  # (3,)
     nearest = 100 * np.array(r["layers"])                               # (3,)
@@ -132,7 +133,7 @@ def sense_bars(r: dict) -> Figure:
 
 
 def few_labels(r: dict) -> Figure:
-    """Test accuracy by share of the labels: mean over seeds and their range, spaced by the log of the error."""
+    """Test accuracy by share of the labels: mean and range over seeds. The accuracy axis is the log of the error."""
     figure, axes = new_figure(6.4, 4)
     shares = r["shares"]
     means = {}
@@ -144,7 +145,7 @@ def few_labels(r: dict) -> Figure:
         ranges = [(test.min(), test.max()) for test in tests]
         plot_range(axes, shares, np.array(ranges), colour)
     axes.set_yscale("function", functions=(
-        lambda accuracy: -np.log10(np.maximum(100 - accuracy, 0.1)),        # by the logarithm of the error
+        lambda accuracy: -np.log10(np.maximum(100 - accuracy, 0.1)),    # as far from 0 % to 90 % as from 90 % to 99 %
         lambda height: 100 - 10 ** -height))
     low, high = axes.get_ylim()
     ticks = [tick for tick in ACCURACY_TICKS if low <= tick <= high]

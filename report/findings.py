@@ -1,31 +1,33 @@
-"""The paper's findings at the scale of AG News: one function each, models/findings.json, and their figures.
+"""Measures the paper's findings on AG News, one function per finding; writes models/findings.json and figures.
 
-    python report/findings.py                   all of them anew, under 90 minutes on two cores
-    python report/findings.py --resume          go on after a stop: finished findings, and runs of `labels`, stay
-    python report/findings.py --only senses     the named ones anew, the others as they are in the file
+    python report/findings.py                   measures all findings again, under 90 minutes on two cores
+    python report/findings.py --resume          continues after a stop; finished findings and runs of `labels` stay
+    python report/findings.py --only senses     measures only the named findings; the others stay as they are
 
 findings.json: bilm (digest), and for each finding its command, versions, machine, minutes, peak_memory_gb and
-    labels (figure 1 of the paper): static (baselines.STATIC_VECTORS), shares (% of the training rows), rows, chosen_on
-        (validation rows that choose weights or, for tfidf, hyperparameters), measured (test rows), systems.{elmo,
-        word2vec, tfidf}: for each share {test, validation}, the accuracies of the seeds, each with rows of its own, the
-        same ones for all systems; the last share is that of baselines.json
-    mixes (tables 2 and 3): rows, seeds, epochs, variants.{name}: {validation, test: {mean, std}, s: of the first seed}
-    senses (section 5.3; the sense of a use is taken to be the class of its row): rule, pool, voters, uses, majority
-        (share of the uses that have the word's most frequent class in its pool), layers (share whose nearest use in
-        training rows has their class), votes (share that has the class for which the nearest uses vote by cosine),
-        interval (of the votes; 95 %, bootstrap over words), words.{word} and validation: the same for a word and for
-        validation rows; best: the layer with the best votes there. In layer 0 all uses are equally near: layers has
-        the expected share, votes the majority
+    labels (figure 1 of the paper): static (baselines.STATIC_VECTORS), shares (% of the training rows), rows (number of
+        them), chosen_on (number of validation rows that choose the weights or, for tfidf, the hyperparameters),
+        measured (number of test rows), systems.{elmo, word2vec, tfidf}: for each share {test, validation}, the accuracy
+        of each seed. A seed draws the labelled rows, the same ones for all systems. The last share, 100 %, is taken
+        from baselines.json
+    mixes (tables 2 and 3): rows, seeds, epochs, variants.{name}: {validation, test: {mean, std}, s of the first seed}
+    senses (section 5.3; the sense of a use is taken to be the class of its row): rule, pool, voters, uses (number of
+        uses in test rows; a use counts only if the pool has a use in a training row that is no near copy of its row),
+        majority (share of the uses that have the word's most frequent class in its pool), layers (share whose nearest
+        use in training rows has their class), votes (share that has the class for which the nearest uses vote by
+        cosine), interval (of the votes; 95 %, bootstrap over words), words.{word} and validation: the same for a word
+        and for validation rows; best: the layer with the best votes there. In layer 0 all uses are equally near:
+        layers has the expected share, votes the majority
     neighbours (table 4): words [{word, static (nearest words by x), uses}], uses [{text, label, nearest,
-        nearest_label, cosine}]
+        nearest_label, cosine}]; here too, no nearest use is in a near copy
     weights (figure 2): tasks.{name}: s and gamma of each seed
     heatmap: text, tokens, layers: cosine similarity of every two words
     map: rows, x, y, labels, names: t-SNE of the documents' mean vectors; same: share of the rows whose nearest mean
-        vector by cosine has their class, near copies included; same_static: the same for the means of layer 0
+        vector by cosine has the same class, near copies included; same_static: the same for the means of layer 0
     settings (the assignment's question): rows, pairs [{one, other} and run.metrics.mcnemar of their ensembles]
-    leaks: rows, changed (rows in which every state of the new word changed), moved_forward_before, moved_backward_after
-        (how many states changed that must not, over layers and words); example: tokens, changed_word, new, forward and
-        backward [|change| of layers 1 and 2 at each word]
+    leaks: rows, changed (number of rows in which every state of the new word changed), moved_forward_before,
+        moved_backward_after (number of states that changed but must not, over layers and words); example: tokens,
+        changed_word, new, forward and backward [|change| of layers 1 and 2 at each word]
 """
 import math
 import shutil
@@ -64,17 +66,18 @@ from run.options import Parser, script
 
 SEEDS = {0.1: 5, 0.3: 5, 1.0: 5, 3.0: 5, 10.0: 2, 30.0: 1}      # {% of the training rows that have labels: seeds}
 PARTS = ("test", "validation")
-EVALUATIONS = 3                                                 # of a run, on the validation rows
+EVALUATIONS = 3                                                 # of each run, on validation rows
 RUNS = HERE / "build" / "findings"                              # finished runs of `labels`
-TASKS = {"classification": "AG News", "finetuned": "AG News, biLM fine-tuned", "sst5": "SST, 5 classes",
-         "sst2": "SST, 2 classes", "nli": "NLI"}
+TASKS = {"classification": "AG News", "finetuned": "AG News, biLM fine-tuned", "adapted_sst5": "SST, 5 classes",
+         "adapted_sst2": "SST, 2 classes", "adapted_nli": "NLI"}
 
 
 @dataclass(eq=False)
 class Inputs:
     """What every finding starts from.
 
-    folder: of the published files. parts: all test rows, and `quarter`, the validation rows that choose the weights.
+    folder: with the published files. quarter: the validation rows that choose the weights. parts: quarter and all test
+    rows, encoded.
     """
     folder: Path
     elmo: ELMo
@@ -84,7 +87,7 @@ class Inputs:
 
     @classmethod
     def read(cls, folder: Path) -> "Inputs":
-        """The inputs with the biLM in a folder."""
+        """The inputs for the biLM in a folder."""
         elmo = ELMo.load(folder / "bilstm.pt")
         task = read_task(Config(), elmo.config)
         quarter = task.validation.take(np.arange(0, len(task.validation), 4))
@@ -92,11 +95,11 @@ class Inputs:
         return cls(folder, elmo, task, quarter, parts)
 
     def published(self, name: str) -> dict:
-        """A JSON of the folder; InputError if it is missing, damaged or of another biLM."""
+        """The content of a JSON file in the folder; InputError if it is missing, damaged or made with another biLM."""
         path = self.folder / f"{name}.json"
         with read_json(path) as result:
             if result["bilm"] != self.elmo.digest:
-                raise InputError(f"{path} is of another biLM; make it anew first")
+                raise InputError(f"{path} was made with another biLM; make it again first")
         return result
 
     @cached_property
@@ -116,7 +119,7 @@ class Inputs:
 
     @cached_property
     def vectorizers(self) -> dict[int, TfidfVectorizer]:
-        """What `tfidf` needs."""
+        """The TF-IDF weights that `tfidf` needs."""
         return count_words(self.task.corpus)
 
 
@@ -140,10 +143,10 @@ def accuracies(trainer: Trainer, texts: EncodedTexts) -> dict[str, list[float]]:
 
 
 def few_labels(inputs: Inputs, system: str, share: float, seed: int, recipe: str) -> dict:
-    """{"test", "validation"}: accuracy of one system with so many % of the labels, drawn by the seed; minutes.
+    """{"test", "validation", "minutes"}: accuracies of one system with `share` % of the labels, drawn by the seed.
 
-    ELMo and Word2Vec have the same options, chosen on validation rows with 1 % of the labels. recipe: what a result on
-    disk depends on, beside the other arguments.
+    ELMo and Word2Vec have the same options, chosen on validation rows with 1 % of the labels. recipe: everything else
+    that the result depends on; a result on disk is used again only if it is the same.
     """
     begin = time.perf_counter()
     rows = round(len(inputs.task.train) * share / 100)
@@ -161,7 +164,7 @@ def few_labels(inputs: Inputs, system: str, share: float, seed: int, recipe: str
 
 
 def labels(inputs: Inputs) -> dict:
-    """Test accuracy of ELMo, Word2Vec and TF-IDF with few labelled rows; vectors and counts from all texts."""
+    """Test accuracy of ELMo, Word2Vec and TF-IDF with few labelled rows. Vectors and counts come from all texts."""
     total = len(inputs.task.train)
     recipe = (f"{inputs.elmo.digest} {total} rows {machine.versions()} {Config()} {EVALUATIONS} {STATIC_VECTORS} "
               f"{LINEAR_MODELS}")
@@ -184,7 +187,7 @@ def labels(inputs: Inputs) -> dict:
 
 
 def mixes(inputs: Inputs) -> dict:
-    """All layers against one, how free s is, where ELMo enters: trained side by side on a twentieth of the labels."""
+    """All VARIANTS, trained side by side on a twentieth of the labels."""
     config = VariantConfig(rows=len(inputs.task.train) // 20, seeds=3, epochs=5.0)
     trainer = trained(config, ELMoAndWord2Vec(inputs.elmo, inputs.word2vec), inputs, VariantTrainer)
     found = {part: accuracies(trainer, texts) for part, texts in inputs.parts.items()}
@@ -199,8 +202,8 @@ def mixes(inputs: Inputs) -> dict:
 
 
 def senses(inputs: Inputs) -> dict:
-    """Senses in test rows, and in validation rows, by which the best layer is chosen."""
-    few = MIN_USES // 2                         # there are half as many validation rows
+    """Senses in test rows, and in validation rows, which choose the best layer."""
+    few = MIN_USES // 2                         # there are about half as many validation rows as test rows
     validation = sense_accuracy(uses_by_word(inputs.elmo, inputs.task, "validation", inputs.train_tokens, few))
     return sense_accuracy(inputs.test_uses) | {
         "rule": RULE, "pool": POOL, "voters": VOTERS, "best": int(np.argmax(validation["votes"])),
@@ -208,12 +211,12 @@ def senses(inputs: Inputs) -> dict:
 
 
 def neighbours(inputs: Inputs) -> dict:
-    """The most evenly ambiguous words, the nearest words by x, and the nearest uses of two of their test uses."""
+    """The most evenly ambiguous words: the nearest words by x, and two test uses with their nearest training uses."""
     return {"words": nearest_uses(inputs.test_uses, inputs.elmo, inputs.task)}
 
 
 def weights(inputs: Inputs) -> dict:
-    """s and gamma that each task learned, for every seed, from the JSON of its run."""
+    """s and gamma that each task learned, for every seed, from the JSON file of its run."""
     tasks = {}
     for name, title in TASKS.items():
         if (inputs.folder / f"{name}.json").exists():
@@ -223,7 +226,7 @@ def weights(inputs: Inputs) -> dict:
 
 
 def settings(inputs: Inputs) -> dict:
-    """Every two of the classifier's settings, by what their ensembles predict for the test rows."""
+    """Compares every two of the classifier's settings by the test rows that their ensembles predict right."""
     correct = {}
     for name, numbers in inputs.published("classification")["settings"].items():
         correct[name] = np.array(list(numbers["predictions"]), dtype=int) == inputs.task.test.labels
@@ -241,13 +244,14 @@ def heatmap(inputs: Inputs) -> dict:
 
 
 def document_map(inputs: Inputs, rows: int = 2_000) -> dict:
-    """t-SNE of the mean over words and layers of some test rows."""
+    """t-SNE of `rows` test rows, each as its mean vector over words and layers."""
     test = inputs.task.test
     part = test.take(np.sort(np.random.default_rng(0).permutation(len(test))[:rows]))
     means = [h.mean(dim=1) for h in inputs.elmo.embed_stream(texts_of(part), "bf16")]
     layers = torch.stack(means, dim=1)                                          # (3, rows, D)
 
     def same_class(vectors: Tensor) -> float:
+        """Share of the rows whose nearest vector (rows, D) is of a row of the same class."""
         neighbours = NearestNeighbors(n_neighbors=1, metric="cosine").fit(vectors).kneighbors(return_distance=False)
         return float((part.labels[neighbours[:, 0]] == part.labels).mean())
 
@@ -259,7 +263,11 @@ def document_map(inputs: Inputs, rows: int = 2_000) -> dict:
 
 
 def leaks(inputs: Inputs, rows: int = 500) -> dict:
-    """What changes if one word of a row becomes another: no forward state before it, no backward state after it."""
+    """Counts the states that change if one word of a row is replaced.
+
+    Forward states before it and backward states after it must not change. If they do, a language model sees words that
+    it predicts.
+    """
     elmo = inputs.elmo
     generator = np.random.default_rng(0)
     counts = dict.fromkeys(("rows", "changed", "moved_forward_before", "moved_backward_after"), 0)
@@ -270,9 +278,9 @@ def leaks(inputs: Inputs, rows: int = 500) -> dict:
         k = int(generator.integers(len(tokens)))
         other = [*tokens[:k], "microsoft" if "iraq" in tokens else "iraq", *tokens[k + 1:]]
         if any(elmo.tokenize(" ".join(words)) != words for words in (tokens, other)):
-            continue                            # tokens that would be cut in another way if spaces stood between them
-        before, = elmo.embed([" ".join(tokens)])                                # one by one: two rows of one product
-        after, = elmo.embed([" ".join(other)])                                  # may be rounded in two ways
+            continue                            # joined with spaces, these tokens would be tokenized in another way
+        before, = elmo.embed([" ".join(tokens)])                                # two calls: in one batch, equal rows
+        after, = elmo.embed([" ".join(other)])                                  # may be rounded in different ways
         difference = (before - after).unflatten(2, (2, -1))                     # (3, n, 2, P): layer, word, direction
         moved = difference.ne(0).any(dim=3)                                     # (3, n, 2)
         counts["rows"] += 1
@@ -295,9 +303,11 @@ FINDINGS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, 2 for an input that the user can fix, 130 after Ctrl-C; finished findings stay in the file."""
     parser = Parser(prog="findings.py", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=Path, default=HERE / "models", help="folder of the published files and the JSON")
-    parser.add_argument("--only", default=",".join(FINDINGS), help="these findings, with commas between: %(default)s")
-    parser.add_argument("--resume", action="store_true", help="leave out what is finished for this biLM")
+    parser.add_argument("--out", type=Path, default=HERE / "models",
+                        help="folder with the published files; findings.json is written there")
+    parser.add_argument("--only", default=",".join(FINDINGS),
+                        help="the findings to measure, separated by commas (default %(default)s)")
+    parser.add_argument("--resume", action="store_true", help="skip the findings that are finished for this biLM")
     options = parser.parse_args(argv)
     wanted = options.only.split(",")
     for name in wanted:
@@ -310,7 +320,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with read_json(file) as earlier:
             if earlier["bilm"] == inputs.elmo.digest:
                 result = earlier
-    if not options.resume:          # what is made anew leaves the file first, so that --resume can go on after a stop
+    if not options.resume:          # what is measured again leaves the file first, so that --resume can continue
         result = {name: content for name, content in result.items() if name not in wanted}
         write_json(file, result)
         if "labels" in wanted:

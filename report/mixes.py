@@ -1,6 +1,6 @@
-"""Heads that read other mixes than those of classification.py: fewer layers, pulled weights, Word2Vec beside ELMo.
+"""Heads on other inputs than those of classification.py: one layer, regularized layer weights, Word2Vec with ELMo.
 
-For the finding `mixes` of report/findings.py (tables 2 and 3 of the paper). Shapes as in classification.py.
+The finding `mixes` of report/findings.py trains them (tables 2 and 3 of the paper). Shapes: as in classification.py.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,9 +21,12 @@ STATIC = STATIC_VECTORS["width"]
 
 @dataclass(frozen=True)
 class Variant:
-    """What a head of `mixes` reads: a mix of some layers and Word2Vec, and where.
+    """What a head of `mixes` reads.
 
-    strength: lambda of the paper's section 3.2; lambda |w|^2 is added to the loss, which draws s to the plain average.
+    layers: the layers of the biLM in its mix.
+    strength: lambda in section 3.2 of the paper. lambda |w|^2 is added to the loss, which pulls s to the plain average.
+    word2vec: whether the LSTM reads Word2Vec's vectors.
+    elmo_input, elmo_output: whether the mix is an input of the LSTM, and whether it is joined to the LSTM's states.
     """
     layers: tuple[int, ...] = (0, 1, 2)
     strength: float = 0.0
@@ -46,14 +49,14 @@ VARIANTS = {
 
 
 class ELMoAndWord2Vec(ELMoVectors):
-    """The biLM's layers and, as a fourth one, Word2Vec filled up with zeros: (4, T, B, D)."""
+    """The biLM's three layers and, as a fourth, Word2Vec's vectors padded with zeros: (4, T, B, D)."""
     layers = ELMoVectors.layers + 1
 
     def __init__(self, elmo: ELMo, word2vec: StaticVectors):
         super().__init__(elmo.model)
         self.word2vec = word2vec
         if self.width < word2vec.width:
-            raise InputError(f"the biLM's vectors have {self.width} numbers; `mixes` needs {word2vec.width}")
+            raise InputError(f"the biLM's vectors have width {self.width}; `mixes` needs at least {word2vec.width}")
 
     def __call__(self, encoded: Encoded, rows: np.ndarray, dtype: torch.dtype, run_both: Callable = map) -> Tensor:
         layers = super().__call__(encoded, rows, dtype, run_both)               # (3, T, B, D)
@@ -62,7 +65,7 @@ class ELMoAndWord2Vec(ELMoVectors):
 
 
 class VariantMix(ScalarMix):
-    """What a variant reads at both places, side by side: (4, T, B, D) from ELMoAndWord2Vec -> (T, B, width)."""
+    """The inputs of a variant, concatenated: (4, T, B, D) from ELMoAndWord2Vec -> (T, B, width)."""
 
     def __init__(self, variant: Variant):
         super().__init__(len(variant.layers))
@@ -71,47 +74,47 @@ class VariantMix(ScalarMix):
             self.w.register_hook(lambda gradient: gradient + 2 * variant.strength * self.w.detach())
 
     def forward(self, layers: Tensor) -> Tensor:
-        """(T, B, width): Word2Vec if the variant has it, then the mix once for each place where it is read."""
+        """(T, B, width): Word2Vec if the variant has it, then the mix for the input, the output, or both."""
         mix = super().forward(layers[list(self.variant.layers)])                # (T, B, D)
         vectors = [layers[-1, ..., :STATIC]] if self.variant.word2vec else []
         return torch.cat(vectors + [mix] * (self.variant.elmo_input + self.variant.elmo_output), dim=-1)
 
 
 class VariantHead(Head):
-    """A head that reads what its variant says; layers and width are those of ELMoAndWord2Vec, 4 and D.
+    """The head of a variant; `layers` and `width` are those of ELMoAndWord2Vec, 4 and D.
 
-    ELMo at the output stands beside the LSTM's states and is pooled with them. At both places it is the same mix, while
-    the paper learns two.
+    ELMo at the output is concatenated with the LSTM's states and pooled with them. Input and output share one mix; the
+    paper learns two.
     """
 
     def __init__(self, config: Config, name: str, layers: int, width: int, classes: int):
         variant = VARIANTS[name]
-        self.read_width = variant.word2vec * STATIC + variant.elmo_input * width            # of what the LSTM reads
+        self.read_width = variant.word2vec * STATIC + variant.elmo_input * width            # of the LSTM's input
         super().__init__(config, "trainable", len(variant.layers), self.read_width, classes)
         self.mix = VariantMix(variant)
         if variant.elmo_output:
-            self.width += width                                 # of the dropout mask, which covers both places
+            self.width += width                                 # of the dropout mask, for input and output
             self.text_width += 6 * width
             self.attention = nn.Linear(config.hidden + width, 1)
             self.out = nn.Linear(self.text_width, classes)
 
     def read(self, x: Tensor, lengths: Tensor) -> Tensor:
-        """(2, T, B, H) states from x (T, B, width), with ELMo at the output (2, T, B, H + D)."""
+        """States (2, T, B, H) from x (T, B, width); (2, T, B, H + D) with ELMo at the output."""
         h = super().read(x[..., :self.read_width], lengths)
         output = x[..., self.read_width:].expand(2, -1, -1, -1)                 # (2, T, B, D or 0)
         return torch.cat([h, output.to(h.dtype)], dim=-1)
 
 
 class VariantConfig(Config):
-    """Options of classification, with every variant as a setting."""
+    """Options of classification.py; each variant is a setting."""
     settings = tuple(VARIANTS)
 
 
 class VariantTrainer(Trainer):
-    """Trains the heads of all variants side by side."""
+    """Trains the heads of all variants on the same batches."""
 
     def new_head(self, setting: str, classes: int, seed: int) -> VariantHead:
-        """A head of the variant that `setting` names."""
+        """A head with random weights for the variant named `setting`."""
         with torch.random.fork_rng(devices=[]):
             head = VariantHead(self.config, setting, self.vectors.layers, self.vectors.width, classes)
         return head.initialize(seed)

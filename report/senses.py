@@ -1,7 +1,8 @@
 """Ambiguous words, their uses, and the nearest uses by the vectors of a layer (section 5.3 and table 4 of the paper).
 
-No text of AG News says in which sense it uses a word, so the sense of a use is taken to be the class of its row.
-For the findings `senses` and `neighbours` of report/findings.py.
+AG News has no labels of word senses, so the sense of a use is taken to be the class of its row. A query is a use whose
+nearest uses are sought; its pool is the uses of the same word in training rows. The findings `senses` and `neighbours`
+of report/findings.py are made here.
 """
 import math
 from collections import Counter, defaultdict
@@ -23,32 +24,32 @@ from run.files import InputError
 DETERMINERS = frozenset("the a an its his her their our this that these those".split())
 FOLLOWERS = frozenset(", . ; : ) of in on at for to from by with and or as is was are were has had have will would "
                       "that which who when while after before".split())
-NOUN_SHARE = 0.15       # smallest share of a noun's uses that stand between a determiner and a follower
-MIN_USES = 20           # of an ambiguous word in test rows
-MAX_SHARE = 0.7         # of these uses that one class may have
+NOUN_SHARE = 0.15       # a noun has at least this share of its uses between a determiner and a follower
+MIN_USES = 20           # an ambiguous word has at least so many uses in test rows
+MAX_SHARE = 0.7         # and no class has more than this share of them
 RULE = ("words that follow a determiner and stand before a preposition, an auxiliary, a conjunction or a sign in at "
         f"least {NOUN_SHARE:.0%} of their uses in training rows (nouns), with at least {MIN_USES} uses in test rows, "
         f"none of whose classes has more than {MAX_SHARE:.0%} of these")
-POOL = 800              # uses of a word in training rows in which the nearest are sought
-VOTERS = 10             # nearest uses that vote
-COPIED_WORDS = 8        # rows that share so many words in a row are near copies, whose class proves nothing
+POOL = 800              # at most so many uses of a word in training rows are searched
+VOTERS = 10             # number of nearest uses that vote
+COPIED_WORDS = 8        # two rows that share a sequence of so many words are near copies; their class proves nothing
 
 
 @dataclass
 class Uses:
-    """The uses of one word: vectors (uses, 3, D) of unit length, their rows and classes, and all rows' tokens."""
+    """Uses of one word: vectors (uses, 3, D) of unit length, row and class of each use, and the tokens of all rows."""
     vectors: np.ndarray
     rows: np.ndarray
     classes: np.ndarray
     tokens: list[list[str]]
 
     def take(self, chosen: list[int]) -> "Uses":
-        """The uses with these numbers."""
+        """The uses at these positions."""
         return Uses(self.vectors[chosen], self.rows[chosen], self.classes[chosen], self.tokens)
 
 
 def nouns(tokens: list[list[str]]) -> set[str]:
-    """Words that stand where nouns stand often enough, by RULE; there is no tagger and no lexicon."""
+    """Words that often stand where nouns stand, by RULE. It needs neither a tagger nor a lexicon."""
     seen = Counter()
     like_nouns = Counter()
     for row in tokens:
@@ -60,7 +61,10 @@ def nouns(tokens: list[list[str]]) -> set[str]:
 
 
 def ambiguous(words: set[str], tokens: list[list[str]], classes: np.ndarray, min_uses: int) -> list[str]:
-    """The words that rows of these tokens and classes use often enough and in several classes, by RULE; sorted."""
+    """The `words` that are frequent enough in these rows and occur in several classes, by RULE; sorted.
+
+    tokens and classes: of each row.
+    """
     every_token = pd.Series(tokens, index=classes).explode()
     found = every_token[every_token.isin(words)]
     counts = pd.crosstab(found, found.index)                                # words by classes
@@ -71,9 +75,9 @@ def ambiguous(words: set[str], tokens: list[list[str]], classes: np.ndarray, min
 
 def find_uses(elmo: ELMo, part: Part, tokens: list[list[str]], words: Sequence[str],
               max_uses: float = math.inf) -> dict[str, Uses]:
-    """{word: its uses in a part's rows, the first `max_uses` in a random order of the rows}; tokens: of each row."""
+    """{word: its uses in the rows of a part}, at most `max_uses` of them, drawn at random; tokens: of each row."""
     counts = dict.fromkeys(words, 0)
-    places = defaultdict(list)                                              # of a row: (word, position)
+    places = defaultdict(list)                                              # row -> [(word, position), ..]
     for row in np.random.default_rng(0).permutation(len(tokens)).tolist():
         for k, word in enumerate(tokens[row]):
             if word in counts and counts[word] < max_uses:
@@ -100,7 +104,7 @@ def uses_by_word(elmo: ELMo, task: Task, part: str, train_tokens: list[list[str]
     known = nouns(train_tokens) & elmo.words.index.keys()
     words = ambiguous(known, tokens, rows.labels, min_uses)
     if not words:
-        raise InputError(f"no word of the {part} rows is ambiguous by the rule; there is no sense to find")
+        raise InputError(f"no word of the {part} rows is ambiguous by the rule, so no senses can be measured")
     pool = find_uses(elmo, task.train, train_tokens, words, POOL)
     queries = find_uses(elmo, rows, tokens, words)
     return {word: (queries[word], pool[word]) for word in words}
@@ -114,22 +118,42 @@ def cosines(queries: Uses, pool: Uses, layer: int) -> np.ndarray:
 
 
 def nearest(queries: Uses, pool: Uses, similar: np.ndarray, count: int) -> list[list[int]]:
-    """For each query the numbers of the `count` nearest uses in the pool, near copies left out; similar: `cosines`."""
+    """For each query, the positions of its `count` nearest uses in the pool; similar: what `cosines` returns.
+
+    A use in a near copy of the query's row is never among them. So there can be fewer than `count`, or none.
+    """
     found = []
     orders = np.argsort(-similar).tolist()
     pool_tokens = [pool.tokens[row] for row in pool.rows]
     for row, order in zip(queries.rows, orders, strict=True):
         copied = set(ngrams(queries.tokens[row], COPIED_WORDS))
         originals = (i for i in order if copied.isdisjoint(ngrams(pool_tokens[i], COPIED_WORDS)))
-        found.append(list(islice(originals, count)) or order[:1])
+        found.append(list(islice(originals, count)))
+    return found
+
+
+def with_neighbours(uses: dict[str, tuple[Uses, Uses]]) -> dict[str, tuple[Uses, Uses]]:
+    """The words and queries whose pool has a use that is in no near copy of the query's row; the others are left out.
+
+    uses: {word: (queries, pool)}. Raises InputError if no query is left.
+    """
+    found = {}
+    for word, (queries, pool) in uses.items():
+        neighbours = nearest(queries, pool, cosines(queries, pool, layer=2), 1)
+        chosen = [i for i, neighbour in enumerate(neighbours) if neighbour]
+        if chosen:
+            found[word] = (queries.take(chosen), pool)
+    if not found:
+        raise InputError("ambiguous words have only near copies as neighbours, so no senses can be measured")
     return found
 
 
 def correct_classes(queries: Uses, pool: Uses, layer: int) -> np.ndarray:
-    """(2, queries): whether the nearest use has the query's class, and whether the VOTERS nearest vote for it.
+    """(2, queries): whether the nearest use has the query's class, and whether the VOTERS nearest uses vote for it.
 
-    A vote counts as much as its cosine. In layer 0 all uses are equally near: the nearest has the query's class with
-    the class's share in the pool, and the vote is for the most frequent class.
+    Every query must have a neighbour; `with_neighbours` leaves out those that have none. The weight of a vote is its
+    cosine. In layer 0 all uses of a word are the same vector, so no use is nearest. There the first number is the share
+    of the query's class in the pool, and the vote goes to the pool's most frequent class.
     """
     if layer == 0:
         expected = (pool.classes == queries.classes[:, None]).mean(axis=1)
@@ -146,13 +170,13 @@ def correct_classes(queries: Uses, pool: Uses, layer: int) -> np.ndarray:
 
 
 def sense_accuracy(uses: dict[str, tuple[Uses, Uses]]) -> dict:
-    """How often a word's nearest uses have its class: words, uses, majority, layers, votes, interval of findings.json.
+    """How often the nearest uses have a use's class: words, uses, majority, layers, votes, interval of findings.json.
 
-    uses: {word: (queries, pool)}.
+    uses: {word: (queries, pool)}. Queries without a neighbour count nowhere, in no layer.
     """
     words = {}
     sums = []
-    for word, (queries, pool) in uses.items():
+    for word, (queries, pool) in with_neighbours(uses).items():
         by_layer = [correct_classes(queries, pool, layer) for layer in range(3)]
         correct = np.stack(by_layer)                                        # (3, 2, queries)
         layers, votes = correct.mean(axis=2).T.tolist()
@@ -172,15 +196,19 @@ def sense_accuracy(uses: dict[str, tuple[Uses, Uses]]) -> dict:
 def nearest_uses(uses: dict[str, tuple[Uses, Uses]], elmo: ELMo, task: Task, shown: int = 4) -> list[dict]:
     """`words` of the finding `neighbours`: the most evenly ambiguous words, with two uses of each.
 
-    The two uses stand in test rows of the word's two most frequent classes, the nearest ones in training rows.
+    The two uses are in test rows of the word's two most frequent classes, and their nearest uses in training rows that
+    are no near copies. A word whose counted uses all have one class has one use here.
     """
-    evenness = {word: entropy(np.bincount(queries.classes)) for word, (queries, _) in uses.items()}
+    counted = with_neighbours(uses)
+    evenness = {word: entropy(np.bincount(queries.classes)) for word, (queries, _) in counted.items()}
     table = F.normalize(elmo.model.table, dim=1)
     words = []
-    for word in sorted(uses, key=evenness.get, reverse=True)[:shown]:
-        queries, pool = uses[word]
+    for word in sorted(counted, key=evenness.get, reverse=True)[:shown]:
+        queries, pool = counted[word]
+        counts = np.bincount(queries.classes)
+        by_count = counts.argsort()[::-1]
         pairs = []
-        for label in np.bincount(queries.classes).argsort()[::-1][:2]:
+        for label in by_count[counts[by_count] > 0][:2]:
             use = queries.take(np.flatnonzero(queries.classes == label)[:1])
             near = pool.take(nearest(use, pool, cosines(use, pool, layer=2), 1)[0])
             pairs.append({

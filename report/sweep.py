@@ -1,7 +1,9 @@
-"""Searches options of either script with Optuna, by the lowest loss on validation rows. No test row is scored.
+"""Searches options of either script with Optuna for the lowest validation loss. It never scores a test row.
 
     python report/sweep.py ELMO.py --trials 20 --search lr=0.002:0.02:log --search dropout=0:0.4 -- --rows 8000
-    python ELMO.py --config build/sweep/ELMO.toml --out elsewhere       # a whole run with the best options
+    python ELMO.py --config build/sweep/ELMO.toml --out elsewhere       # a full run with the best options
+
+--help shows the options of ELMO.py; those of classification.py are in its own --help.
 """
 import sys
 from dataclasses import replace
@@ -19,12 +21,12 @@ from run.files import InputError, one_line, write_atomically
 from run.machine import find_device
 from run.options import script, script_arguments
 
-# With other rows, words or heads, the losses of two trials could not be compared.
+# Options that no search may change: with other rows, words or heads, losses cannot be compared.
 FIXED = "task fields phrases rows validation min_count representation freeze_word2vec seed seeds finetune adapt".split()
 
 
 def trainers(config):
-    """A function that makes the trainer of a Config, always on the rows and heads that this `config` names."""
+    """A function from Config to trainer. The rows and heads are always those of the `config` given here."""
     if isinstance(config, ELMO.Config):
         data = ELMO.Data.of_ag_news(config, ELMO.CACHE)
         return lambda drawn: ELMO.Trainer(drawn, data, find_device())
@@ -37,7 +39,7 @@ def trainers(config):
 
 
 def distribution(text: str, config) -> tuple[str, optuna.distributions.BaseDistribution]:
-    """(option, values) of NAME=LOW:HIGH, NAME=LOW:HIGH:log or NAME=A,B,C. InputError for others, or a FIXED one."""
+    """(option, values) from NAME=LOW:HIGH, NAME=LOW:HIGH:log or NAME=A,B,C. InputError for others and FIXED options."""
     name, _, values = text.partition("=")
     kind = None if name in FIXED else type(getattr(config, name, None))
     try:
@@ -51,7 +53,7 @@ def distribution(text: str, config) -> tuple[str, optuna.distributions.BaseDistr
 
 
 def lowest(train, trainer) -> float:
-    """The lowest validation loss of a training; infinity if it diverged. KeyboardInterrupt if the user stopped it."""
+    """The lowest validation loss of a training; infinity if a loss was not finite; KeyboardInterrupt after Ctrl-C."""
     try:
         run = train(trainer)
     except InputError:              # the loss was not finite
@@ -63,12 +65,14 @@ def lowest(train, trainer) -> float:
 
 @script("sweep.py")
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 0, 2 for a wrong input, 130 after Ctrl-C. The same command continues with the trials in OUT."""
+    """Exit status 0, 2 for a wrong input, 130 after Ctrl-C. The same command again continues the search in OUT."""
     words = [word for word in argv or sys.argv[1:] if word != "--"]
     module = classification if "classification.py" in words else ELMO
     config, options = script_arguments(words, module.Config, "sweep.py", __doc__, ELMO.HERE / "build" / "sweep", {
-        "script": {"choices": ("ELMO.py", "classification.py")}, "--search": {"action": "append", "required": True},
-        "--trials": {"type": int, "default": 20, "help": "of the whole search (default 20)"}})
+        "script": {"choices": ("ELMO.py", "classification.py"), "help": "the script whose options are searched"},
+        "--search": {"action": "append", "required": True, "metavar": "NAME=VALUES",
+                     "help": "an option and its values: LOW:HIGH, LOW:HIGH:log or A,B,C; can be given several times"},
+        "--trials": {"type": int, "default": 20, "help": "number of trials of the whole search (default 20)"}})
     space = dict(distribution(text, config) for text in options.search)
     trainer_of = trainers(config)
     options.out.mkdir(parents=True, exist_ok=True)

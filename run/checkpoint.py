@@ -58,7 +58,7 @@ def read_published(path: str | Path, form: str, keys: set[str]) -> dict:
     content = read_checkpoint(path, {"format", "weights", "digest"})
     if content["format"] != form:
         raise InputError(f"{path} has format {content['format']!r} instead of {form!r}: another version of the scripts "
-                         "made it; make it anew with this one")
+                         "wrote it; train again")
     if not keys <= set(content):
         raise InputError(f"{path} is damaged: it lacks {', '.join(sorted(keys - set(content)))}")
     try:
@@ -72,7 +72,7 @@ def read_published(path: str | Path, form: str, keys: set[str]) -> dict:
 
 @contextmanager
 def fitting(path: str | Path) -> Iterator[None]:
-    """Turns an exception in the `with` block, which uses the content of `path`, into an InputError that names it."""
+    """A `with` block that uses the content of a file. If the parts do not fit together, InputError names the file."""
     try:
         yield
     except InputError as error:
@@ -84,7 +84,7 @@ def fitting(path: str | Path) -> Iterator[None]:
 
 
 def weights_of(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """The float32 weights whose names start with `prefix`, without it."""
+    """A file's weights whose names start with `prefix`: as float32, by their names without the prefix."""
     return {name.removeprefix(prefix): value.float() for name, value in weights.items() if name.startswith(prefix)}
 
 

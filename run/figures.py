@@ -1,7 +1,7 @@
 """Figures of both scripts, drawn from the numbers in their JSON files.
 
-`pretraining` and `classification` take such a dictionary and write PNGs to OUT/figures/. Each title says what its
-figure shows, and colour-blind readers can distinguish the colours (Okabe and Ito 2008). E: evaluations, C: classes.
+`pretraining` and `classification` take the content of such a file and write PNGs to OUT/figures/. Each title says what
+its figure shows. Colour-blind readers can distinguish the colours (Okabe and Ito 2008). E: evaluations, C: classes.
 """
 import io
 from pathlib import Path
@@ -22,7 +22,7 @@ COLOURS = (BLUE, ORANGE, GREEN)
 MARKERS = "os^"
 PERPLEXITY_TICKS = (1, 2, 3, 5, 8, 12, 20, 30, 50, 70,
                     100, 150, 200, 300, 500, 1000, 2000)
-MIN_SHOWN = 5           # percent; smaller shares of a word are left blank
+MIN_SHOWN = 5           # percent; cells with a smaller share stay blank
 
 
 def pretraining(result: dict, out: Path) -> None:
@@ -38,7 +38,8 @@ def classification(result: dict, out: Path, stem: str) -> None:
     """Draws confusion matrices and learning curves from the numbers of a classification into OUT/figures/.
 
     The files are confusion_{setting}_{train|test}.png and curves_classification.png if `stem` is "", otherwise
-    confusion_{stem}_{setting}_{train|test}.png and curves_{stem}.png. Numbers without a confusion matrix get none.
+    confusion_{stem}_{setting}_{train|test}.png and curves_{stem}.png. A part without a confusion matrix
+    in the JSON gets no such figure.
     """
     folder = out / "figures"
     prefix = f"{stem}_" if stem else ""
@@ -51,21 +52,21 @@ def classification(result: dict, out: Path, stem: str) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes `figure` as a PNG of 200 dots per inch; an interrupted write leaves no part of a file."""
+    """Writes `figure` as a PNG with 200 dots per inch. An interrupted write leaves no partial file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=200, bbox_inches="tight", metadata={"Software": None})
     write_atomically(path, lambda file: file.write(buffer.getvalue()))
 
 
 def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure of this size in inches with one panel. It needs no window system."""
+    """A figure with one panel, size in inches. It needs no window system."""
     figure = Figure(figsize=(width, height))
     axes = figure.subplots()
     return figure, axes
 
 
 def label(axes: Axes, title: str, x: str, y: str) -> None:
-    """Writes the title and the names of both axes, and removes the frame's upper and right line."""
+    """Sets the title and the names of both axes, and removes the upper and right lines of the frame."""
     axes.set_title(title, fontsize=10)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
@@ -78,7 +79,7 @@ def legend(axes: Axes, **place) -> None:
 
 
 def perplexity_curves(result: dict) -> Figure:
-    """Perplexity after each epoch: training rows, and validation rows in both directions beside Kneser-Ney."""
+    """Perplexity after each epoch: on training rows, on validation rows in both directions, and of Kneser-Ney."""
     history = result["history"]
     part = result["splits"]["validation"]
     epochs = [entry["epoch"] for entry in history]
@@ -107,13 +108,13 @@ def perplexity_curves(result: dict) -> Figure:
 
 
 def percent_of_gold(counts: np.ndarray) -> np.ndarray:
-    """Counts of rows (C, C), gold class by predicted class, as percent of each gold class."""
+    """Counts (C, C), gold class by predicted class -> percent of each gold class (C, C)."""
     gold = counts.sum(axis=1, keepdims=True)
     return 100 * counts / np.maximum(gold, 1)
 
 
 def confusion_matrix(axes: Axes, percent: np.ndarray, texts: list[str], names: list[str], size: float):
-    """Draws percentages (C, C) of the classes `names` as a picture, which it returns, with C * C texts in its cells."""
+    """Draws percentages (C, C) of the classes `names`, with C * C texts in the cells; returns the image."""
     display = ConfusionMatrixDisplay(percent, display_labels=names)
     display.plot(ax=axes, cmap="cividis", colorbar=False, im_kw={"vmin": 0, "vmax": 100})
     for cell, text, value in zip(display.text_.flat, texts, percent.flat, strict=True):
@@ -125,7 +126,7 @@ def confusion_matrix(axes: Axes, percent: np.ndarray, texts: list[str], names: l
 
 
 def word_confusion(confusion: dict) -> Figure:
-    """Confusion matrix of the most frequent words, in percent of each gold word; the JSON holds the counts."""
+    """Confusion matrix of the most frequent words, in percent of each gold word. The JSON has the counts."""
     words = confusion["words"]
     counts = np.array(confusion["counts"])
     percent = percent_of_gold(counts)
@@ -145,10 +146,11 @@ def word_confusion(confusion: dict) -> Figure:
 
 
 def class_confusion(labels: list[str], numbers: dict, rows: str) -> Figure:
-    """Confusion matrix of the seeds' mean probabilities: counts, and percent of each gold class.
+    """Confusion matrix of the ensemble: counts, and percent of each gold class.
 
     Args:
-        numbers: the numbers of one setting on one part of the rows, which `rows` names in the title.
+        numbers: of one setting on one part of the rows.
+        rows: name of setting and part, for the title.
     """
     counts = np.array(numbers["ensemble"]["confusion"])
     percent = percent_of_gold(counts)
@@ -176,7 +178,7 @@ def class_confusion(labels: list[str], numbers: dict, rows: str) -> Figure:
 
 
 def validation_values(history: list, setting: str, key: str) -> np.ndarray:
-    """(E, seeds) values of every evaluation; `history` has one list of evaluations per run, each of some seeds."""
+    """(E, seeds) values of `key` at each evaluation. history: a list of evaluations per run, each of several seeds."""
     values = []
     for run in history:
         values.append([entry["validation"][setting][key] for entry in run])
@@ -184,9 +186,9 @@ def validation_values(history: list, setting: str, key: str) -> np.ndarray:
 
 
 def learning_curves(result: dict) -> Figure:
-    """Accuracy and cross-entropy on validation rows for every setting: mean over seeds, and the seeds' range.
+    """Accuracy and cross-entropy on validation rows for every setting: mean and range over seeds.
 
-    The training line is the mean of all heads since the evaluation before, with dropout and label smoothing.
+    The training loss is the mean over all heads since the last evaluation, with dropout and label smoothing.
     """
     history = result["history"]
     epochs = [entry["epoch"] for entry in history[0]]
@@ -216,7 +218,7 @@ def learning_curves(result: dict) -> Figure:
 
 
 def plot_settings(axes: Axes, epochs: list[float], values: dict, unit: str) -> None:
-    """Draws the mean over seeds of each setting's values as a line, and their range as a band.
+    """Draws the mean over seeds of each setting as a line, and the range over seeds as a band.
 
     values: {setting: (E, seeds)}.
     """
@@ -227,7 +229,7 @@ def plot_settings(axes: Axes, epochs: list[float], values: dict, unit: str) -> N
 
 
 def plot_range(axes: Axes, x: list[float], values: np.ndarray, colour: str) -> None:
-    """Fills the area between the smallest and the largest of (points, seeds) values."""
+    """Fills the band between smallest and largest value at each point; values (points, seeds)."""
     low = values.min(axis=1)
     high = values.max(axis=1)
     axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)

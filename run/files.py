@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, and errors that a user can fix."""
+"""Files that are never half written, and errors that a user can fix."""
 import json
 import os
 import sys
@@ -25,7 +25,7 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
     `write(file)` fills a temporary file beside `path`, which then takes the name. Raises InputError if that fails.
     """
     path = Path(path)
-    part = path.with_name(f".{path.name}.part")     # always the same name: the next write replaces what a kill left
+    part = path.with_name(f".{path.name}.part")     # a fixed name: after a kill, the next write replaces it
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:

@@ -15,7 +15,7 @@ from run.files import InputError, read_lines, write_atomically
 def print_predictions(load: Callable, text: str, precision: str, as_json: bool) -> None:
     """Prints label and probabilities of a text, or for "-" of each line of standard input.
 
-    `load()` returns the Classifier. If it takes two texts, a tab stands between them.
+    `load()` returns the Classifier. If it reads two texts, a line has both, with a tab between them.
     """
     lines = read_lines("-") if text == "-" else [text]
     classifier = load()
@@ -61,8 +61,8 @@ def check_target(target: str) -> None:
 def write_npz(target: str, offsets: np.ndarray, width: int, texts: Iterable[np.ndarray], dtype: np.dtype) -> None:
     """Writes offsets (N + 1,) and vectors (3, tokens, width); text i has tokens offsets[i]:offsets[i + 1].
 
-    texts: one (3, tokens, width) array per text, in order. They are first written beside the target, layer by layer,
-    and packed at the end.
+    texts: one (3, tokens, width) array per text, in order. They are written to a temporary folder beside the target
+    first, because memory does not hold all of them, and put into the .npz file at the end.
     """
     shape = (3, int(offsets[-1]), width)
     with TemporaryDirectory(dir=Path(target).absolute().parent, prefix=".embed") as folder:

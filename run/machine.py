@@ -55,13 +55,14 @@ def bf16_instructions() -> str | None:
 def fast_bf16(device: torch.device) -> bool:
     """Whether matrix products in bf16 are at least FASTER times as fast as in fp32 here; measured once per process.
 
-    The list of a CPU's instructions does not tell: one CPU with bf16 instructions had 99 GFLOP/s in bf16, 156 in fp32.
+    It is measured because a CPU's instructions do not tell: one CPU with bf16 instructions reached 99 GFLOP/s in bf16
+    and 156 in fp32.
     """
     return product_seconds(device, torch.float32) >= FASTER * product_seconds(device, torch.bfloat16)
 
 
 def product_seconds(device: torch.device, dtype: torch.dtype) -> float:
-    """Shortest time of four products of two square matrices, by one thread of a CPU."""
+    """Seconds of a product of two square matrices, the shortest of four times; on a CPU by one thread."""
     size = 4096 if device.type == "cuda" else 512
     matrix = torch.ones(size, size, dtype=dtype, device=device)
     times = []
@@ -111,8 +112,8 @@ def seeded(seed: int, make: Callable):
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """A context in which matrix products take this type. It holds for one thread, so every thread enters its own.
 
-    autocast's cache of cast weights is one for all threads, and a thread that leaves its context would empty it for the
-    others. Then sums of gradients would be rounded at random. So there is no cache.
+    There is no cache of cast weights. All threads would share it, and a thread that leaves its context would empty it
+    for the others. Then gradients would be added in a random order, and rounding would differ between runs.
     """
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
 
@@ -165,7 +166,7 @@ def map_on_cores(call: Callable, items: Sequence, device: torch.device, max_work
     if count < 2 or device.type != "cpu":
         return [call(item) for item in items]
     workers = Workers(count, device)
-    with workers.pool, torch_threads(torch.get_num_threads()):      # a new worker lowers the number for later threads
+    with workers.pool, torch_threads(torch.get_num_threads()):      # puts back the default that workers have lowered
         return workers.map(call, items)
 
 
@@ -217,7 +218,7 @@ def sum_gradients(weights: list[torch.nn.Parameter], loss: torch.Tensor) -> torc
 
 
 def end_with_parent() -> None:
-    """Kills this process when its parent ends, however the parent ends; on Linux only, elsewhere nothing happens."""
+    """Kills this process, a worker, when its parent ends, however it ends. Only Linux can do this; else no effect."""
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)          # PR_SET_PDEATHSIG
 

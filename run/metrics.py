@@ -18,10 +18,10 @@ FREQUENT_WORDS = 25     # of the confusion matrix of words
 
 # ----------------------------------------------------------------------------------------------- language models
 def full_softmax_nll(h: Tensor, y: Tensor, table: Tensor, bias: Tensor, details: bool = False) -> tuple[Tensor, ...]:
-    """((N,),): nll of targets y (N,) given states h (N, P), by a softmax over all V words but <pad>, in fp32.
+    """A tuple of one (N,) tensor: nll of targets y (N,) given states h (N, P), over all V words but <pad>, in fp32.
 
-    With details ((N,), (N,), (N,), (N,)): also the targets, the words with the highest logits, and the targets' ranks,
-    which are the numbers of words with a higher logit. table (V, P), bias (V, 1).
+    With details a tuple of four: nll, the targets, the words with the highest logits, and the targets' ranks. A rank is
+    the number of words with a higher logit. table (V, P), bias (V, 1).
     """
     block = max(16, 2**23 // len(table))                    # rows of a (block, V) matrix of 32 MB
     parts = []
@@ -52,7 +52,7 @@ class Scores:
 
     @classmethod
     def of(cls, rows: np.ndarray, tokens: np.ndarray, batches: list) -> "Scores":
-        """From ELMO.score_batch's results: for each batch and direction the arrays (row, nll, ..) of its tokens."""
+        """Scores in the order of `rows`. tokens (rows,): predicted tokens; batches: the results of ELMO.score_batch."""
         order = np.argsort(rows)
         nll = np.zeros((2, len(rows)))
         words = []
@@ -135,16 +135,16 @@ def perplexity_table(result: dict) -> str:
     """The perplexities of a pretraining.json as lines to print."""
     rows = []
     for name, part in result["splits"].items():
-        for label, metrics in ((name, part), (f"{name}, fresh rows", part.get("fresh"))):
+        for label, metrics in ((name, part), (f"{name}, no near copies", part.get("fresh"))):
             if metrics is None:
                 continue
             forward = metrics["forward"]
             rows.append({
-                "perplexity": label,
+                "perplexity of": label,
                 "rows": metrics["rows"],
                 "forward": forward["perplexity"],
                 "backward": metrics["backward"]["perplexity"],
-                "Kneser-Ney": forward.get("kneser_ney_perplexity"),
+                "Kneser-Ney (forward)": None if name == "train" else forward.get("kneser_ney_perplexity"),
                 "unigram": metrics.get("unigram_perplexity"),
             })
     return pd.DataFrame(rows).to_string(index=False, float_format="{:.2f}".format)
@@ -154,9 +154,10 @@ def perplexity_table(result: dict) -> str:
 def classification_metrics(p: np.ndarray, gold: np.ndarray, labels: Sequence[str]) -> dict:
     """Metrics of probabilities p (N, C) against gold classes (N,).
 
-    rows, accuracy, nll (mean negative log-likelihood), calibration_error (mean difference between confidence and
-    accuracy over 15 equal bins, Guo et al. 2017), macro_precision, macro_recall, macro_f1, classes (the same per
-    class), confusion (counts; rows gold, columns predicted). A class that is never predicted has precision 0.
+    rows, accuracy, nll (mean negative log-likelihood), calibration_error (mean |confidence - accuracy| of 15 bins of
+    equal width, weighted by their rows, Guo et al. 2017), macro_precision, macro_recall, macro_f1, classes (precision,
+    recall, f1 and rows of each), confusion (counts; rows gold, columns predicted). A class that is never predicted has
+    precision 0.
     """
     predicted = p.argmax(axis=1)
     classes = np.arange(len(labels))
@@ -198,7 +199,8 @@ def over_seeds(p: np.ndarray, gold: np.ndarray, labels: Sequence[str], fresh: np
     """Metrics of S seeds' probabilities p (S, N, C).
 
     seeds: classification_metrics of each; ensemble: those of the seeds' mean probabilities; accuracy and macro_f1:
-    {mean, std} over the seeds; fresh: rows, accuracy, macro_f1 and ensemble {accuracy} of the rows with `fresh`.
+    {mean, std} over the seeds; fresh: rows, accuracy, macro_f1 and ensemble {accuracy} of the rows where `fresh` (N,)
+    is True, which are no near copies of training rows.
     """
     seeds = [classification_metrics(one_seed, gold, labels) for one_seed in p]
     result = {"seeds": seeds, "ensemble": classification_metrics(p.mean(axis=0), gold, labels),
@@ -248,9 +250,9 @@ def classification_numbers(p: dict, gold: dict, heads: list[str], labels: Sequen
 
 
 def mcnemar(correct: np.ndarray, other: np.ndarray) -> dict:
-    """Exact two-sided McNemar test of two systems' correct rows (N,) bool, and a bootstrap of their difference.
+    """Exact two-sided McNemar test: do two classifiers differ? correct, other (N,) bool: the rows that each has right.
 
-    Under the null hypothesis, a row that only one of them has right is either's with probability 1/2.
+    Only rows that exactly one of them has right count. If both are equally good, each has half of these on average.
     Returns difference (of accuracies), interval (95 %, paired bootstrap), only_this, only_that (rows), p.
     """
     only_this = int((correct & ~other).sum())
@@ -280,13 +282,13 @@ def accuracy_table(result: dict) -> str:
         for s, gamma in zip(numbers["s"], numbers["gamma"], strict=True):
             mixes.append(" ".join(f"{weight:.2f}" for weight in [*s, gamma]))
         rows.append({
-            "accuracy": setting,
+            "accuracy of": setting,
             "train": numbers["train"]["accuracy"]["mean"],
             "validation": numbers["validation"]["accuracy"]["mean"],
             "test": test["accuracy"]["mean"],
-            "std": test["accuracy"]["std"],
-            "fresh rows": test["fresh"]["accuracy"]["mean"] if "fresh" in test else None,
-            "macro-F1": test["macro_f1"]["mean"],
-            "layer weights s, gamma": "; ".join(mixes),
+            "std over seeds": test["accuracy"]["std"],
+            "test, no near copies": test["fresh"]["accuracy"]["mean"] if "fresh" in test else None,
+            "test macro-F1": test["macro_f1"]["mean"],
+            "s_0 s_1 s_2 gamma (of each seed)": "; ".join(mixes),
         })
     return pd.DataFrame(rows).to_string(index=False, float_format="{:.4f}".format)

@@ -1,17 +1,18 @@
-"""Two count-based language models, unigram and Kneser-Ney: the perplexities that a neural one must beat.
+"""Two count-based language models, unigram and Kneser-Ney. A neural one should have a lower perplexity.
 
 Unigram: p(w) = (c(w) + 1) / (N + S). Interpolated modified Kneser-Ney of order n (Chen and Goodman 1998, section 3):
 
     p_k(w | h) = (a(h w) - D_k(a(h w))) / a(h .) + gamma_k(h) p_{k-1}(w | h'),    h' = h without its first word
     gamma_k(h) = sum_w D_k(a(h w)) / a(h .),                                      p_0 = 1 / S
 
-a(g) is the count of the n-gram g. Shorter g (k < n) count the distinct words before g instead; a g that begins with <s>
-has nothing before it and keeps its count (Heafield et al. 2013, section 3.2). A history never reaches beyond the <s> of
-its row, so w_1 is predicted from bigrams. S = V - 2 symbols can be predicted: all but <pad> and <s>.
+At the highest order (k = n), a(g) is the count of the n-gram g. At lower orders it is the number of distinct words
+before g. If g begins with <s>, no word is before it, and a(g) is its count (Heafield et al. 2013, section 3.2). No
+history reaches beyond the <s> of its row, so w_1 is predicted from bigrams. S = V - 2 symbols can be predicted: all
+except <pad> and <s>.
 
-Rows are (ids, offsets): row r is ids[offsets[r]:offsets[r + 1]], word ids without boundary symbols. R rows have T
-symbols with both boundaries, of which N = T - R are predicted; V is the vocabulary size. <unk> counts as a word, so
-compare perplexities at the same V only.
+Rows are (ids, offsets): row r is ids[offsets[r]:offsets[r + 1]], word ids without boundary symbols. With both boundary
+symbols, R rows have T symbols, of which N = T - R are predicted. V is the vocabulary size. <unk> counts as a word, so
+perplexities can be compared only at the same V.
 """
 import numpy as np
 from numpy import ndarray as Array
@@ -19,20 +20,20 @@ from numpy import ndarray as Array
 PAD = 0
 START = 2
 END = 3
-MAX_TOKENS = 5_000_000
-FALLBACK = np.array([0.0, 0.5, 1.0, 1.5])   # KenLM's --discount_fallback, if the corpus is too small to estimate them
+MAX_TOKENS = 5_000_000                      # of the training rows; the counts of more would not fit in memory
+FALLBACK = np.array([0.0, 0.5, 1.0, 1.5])   # discounts for a corpus too small to estimate them, as in KenLM
 
 
 def add_boundaries(ids: Array, offsets: Array, vocabulary_size: int) -> tuple[Array, Array]:
-    """All rows in one sequence with boundaries (T,), and the positions of <s> in it (R,).
+    """All rows with boundaries as one sequence (T,), and the positions of <s> in it (R,).
 
-    The rows [5 6] and [] become <s> 5 6 </s> <s> </s>, with <s> at 0 and 4. Raises ValueError if an id is no word.
+    The rows [5 6] and [] become <s> 5 6 </s> <s> </s>, with <s> at 0 and 4. Raises ValueError if an id is not a word.
     """
     ids = np.asarray(ids, np.int64)
     offsets = np.asarray(offsets, np.int64)
     if np.any((ids < 0) | (ids >= vocabulary_size) | np.isin(ids, (PAD, START, END))):
         raise ValueError(f"rows hold <unk> (1) and words 4 to {vocabulary_size - 1}, no <pad> or boundary symbols")
-    shift = 2 * np.arange(len(offsets) - 1)                 # symbols that earlier rows have gained
+    shift = 2 * np.arange(len(offsets) - 1)                 # number of boundary symbols in earlier rows
     starts = offsets[:-1] + shift
     ends = offsets[1:] + shift + 1
     words = np.full(len(ids) + 2 * len(starts), -1)
@@ -43,9 +44,9 @@ def add_boundaries(ids: Array, offsets: Array, vocabulary_size: int) -> tuple[Ar
 
 
 def reverse(ids: Array, offsets: Array) -> tuple[Array, Array]:
-    """The same rows, each from its end to its start: what the backward model is fitted to and scored on.
+    """The same rows, each with its words in reverse order, for the backward model.
 
-    The boundaries come later and need no change: </s> w_n .. w_1 <s> is counted as <s> w_n .. w_1 </s>.
+    add_boundaries then writes <s> w_n .. w_1 </s> for </s> w_n .. w_1 <s>. The counts are the same under either name.
     """
     ids = np.asarray(ids)
     offsets = np.asarray(offsets)
@@ -57,7 +58,7 @@ def discounts(counts: Array) -> Array:
     """D(0) = 0, D(1), D(2) and D(3 or more) of one order (Chen and Goodman 1998, section 3).
 
     D(j) = j - (j + 1) Y n_{j+1} / n_j with Y = n_1 / (n_1 + 2 n_2), where n_j is the number of n-grams counted j times.
-    All four are FALLBACK if some n_j is 0 or some D(j) is not between 0 and j.
+    Returns FALLBACK if any n_j is 0 or any D(j) is not between 0 and j.
     """
     n = np.bincount(np.minimum(counts, 5), minlength=6)[1:5].astype(float)      # n_1 .. n_4
     if not n.all():
@@ -71,19 +72,19 @@ def discounts(counts: Array) -> Array:
 
 
 def previous(grams: Array, starts: Array) -> Array:
-    """(T,) id of the n-gram that ends one position earlier; -1 at <s>, so that no history reaches into another row."""
+    """(T,) id of the n-gram that ends one position earlier; -1 at <s>, so no history reaches into the row before."""
     history = np.roll(grams, 1)
     history[starts] = -1
     return history
 
 
 class KneserNey:
-    """A fitted model. Every k-gram of the training rows has an id from 0 on; -1 is an unseen one, or one before <s>.
+    """A fitted model. Every k-gram of the training rows has an id >= 0; -1 stands for a k-gram that is not in them.
 
-    The id of a 1-gram is its word. A longer one has the key (id of the history) * V + (last word); its id is the rank
-    of the key among the sorted keys of its order, keys[k - 1]. So keys stay below 2^63 at any order.
-    first_term[k - 1] is the first term of p_k by the id of the k-gram, backoff[k - 1] is gamma_k by the id of the
-    history. Both have one more entry at the end, which id -1 picks: 0 and 1, so that p_k = p_{k-1}.
+    The id of a 1-gram is its word id. A longer k-gram has the key (id of its history) * V + (last word). Its id is the
+    position of this key in keys[k - 1], which is sorted. So keys stay below 2^63 at any order.
+    first_term[k - 1][id of the k-gram] is the first term of p_k, backoff[k - 1][id of the history] is gamma_k. The last
+    entries, 0 and 1, are for id -1: with them p_k = p_{k-1}.
     """
 
     def __init__(self, ids: Array, offsets: Array, vocabulary_size: int, order: int = 4):
@@ -104,7 +105,7 @@ class KneserNey:
                 keys, first, ranks = np.unique(key[inside], return_index=True, return_inverse=True)
                 self.keys.append(keys)
                 longer[inside] = ranks
-                # a k-gram counts once per distinct word before it, and each time if it begins with <s>
+                # a k-gram counts once per distinct word before it; if it begins with <s>, it counts each time
                 counted[inside] = False
                 counted[inside[first]] = True
             counted[starts] = False                         # <s> is never predicted
@@ -115,7 +116,7 @@ class KneserNey:
             histories = len(counts)
 
     def join(self, history: Array, words: Array) -> Array:
-        """(T,) keys of the n-grams made of a history's id and a word; -1 without a history."""
+        """(T,) keys of the n-grams with these histories' ids and these last words; -1 for a history of -1."""
         return np.where(history >= 0, history * self.vocabulary_size + words, -1)
 
     def estimate(self, history: Array, counts: Array, histories: int) -> None:
@@ -130,7 +131,7 @@ class KneserNey:
         self.backoff.append(np.append(gamma, 1.0))
 
     def probabilities(self, ids: Array, offsets: Array) -> tuple[Array, Array]:
-        """(T,) probability of every symbol given those before it in its row, 1 for <s>; (R,) positions of <s>."""
+        """(T,) probability of every symbol given those before it in its row (1 for <s>), and (R,) positions of <s>."""
         words, starts = add_boundaries(ids, offsets, self.vocabulary_size)
         p = np.full(len(words), 1 / (self.vocabulary_size - 2))
         grams = words
@@ -140,31 +141,31 @@ class KneserNey:
                 history = previous(grams, starts)
                 key = self.join(history, words)
                 rank = np.searchsorted(self.keys[k], key)
-                known = np.append(self.keys[k], -2)[rank] == key        # -2, which is no key, stands past the last one
+                known = np.append(self.keys[k], -2)[rank] == key        # the entry past the end is -2, no key
                 grams = np.where(known, rank, -1)
             p = self.first_term[k][grams] + self.backoff[k][history] * p
         p[starts] = 1.0
         return p, starts
 
     def nll(self, ids: Array, offsets: Array) -> Array:
-        """(R,) negative log-likelihood of every row in nats, summed over its words and its end symbol."""
+        """(R,) negative log-likelihood of each row in nats, summed over its words and its end symbol."""
         p, starts = self.probabilities(ids, offsets)
         return np.add.reduceat(-np.log(p), starts)
 
 
 def unigram_nll(train_ids: Array, train_offsets: Array, vocabulary_size: int, ids: Array,
                 offsets: Array) -> Array:
-    """(R,) negative log-likelihood of every row in nats, by add-one counts of single words; end symbol included."""
+    """(R,) negative log-likelihood of each row in nats under the add-one unigram model, end symbol included."""
     train_words, train_starts = add_boundaries(train_ids, train_offsets, vocabulary_size)
     predicted = len(train_words) - len(train_starts)
     p = (np.bincount(train_words, minlength=vocabulary_size) + 1) / (predicted + vocabulary_size - 2)
-    p[START] = 1.0                                          # given, never predicted
+    p[START] = 1.0                                          # <s> is given, never predicted
     words, starts = add_boundaries(ids, offsets, vocabulary_size)
     return np.add.reduceat(-np.log(p[words]), starts)
 
 
 def perplexity(nll: Array, offsets: Array, rows: Array | slice = slice(None)) -> float:
-    """exp(nll per predicted symbol) over `rows`, a boolean mask or all: summed first and divided once."""
+    """exp(sum of nll / number of predicted symbols) over `rows`: all of them, or those of a boolean mask."""
     predicted = np.diff(offsets) + 1
     return float(np.exp(nll[rows].sum() / predicted[rows].sum()))
 
@@ -172,8 +173,8 @@ def perplexity(nll: Array, offsets: Array, rows: Array | slice = slice(None)) ->
 def add_perplexities(splits: dict, train: tuple[Array, Array], parts: dict, fresh: dict, vocabulary_size: int) -> None:
     """Adds unigram and Kneser-Ney perplexities to every part of `splits`, and to its "fresh" rows if it has them.
 
-    train, parts[name]: (ids, offsets); fresh[name]: (R,) bool; splits[name]: a part of pretraining.json. Nothing is
-    added if the training rows have more than MAX_TOKENS tokens, whose counts would not fit in memory.
+    train, parts[name]: (ids, offsets). fresh[name]: (R,) bool. splits[name]: an entry of "splits" in pretraining.json.
+    Nothing is added if the training rows have more than MAX_TOKENS tokens.
     """
     if len(train[0]) > MAX_TOKENS:
         return

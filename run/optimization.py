@@ -18,7 +18,7 @@ def lr_factor(step: int, steps: int) -> float:
 
 
 def clip_gradients(weights: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scales the whole gradient of some weights to a norm of at most `max_norm`; returns the norm () before.
+    """Scales all gradients by one factor to a total norm of at most `max_norm`; returns the norm () before scaling.
 
     `nn.utils.clip_grad_norm_` refuses sparse gradients. The norm of a coalesced one is the norm of its values.
     """
@@ -41,8 +41,8 @@ def clip_gradients(weights: Iterable[nn.Parameter], max_norm: float) -> Tensor:
 def check_loss(loss: Tensor | float, norm: Tensor | float, items: int, first: int, last: int) -> None:
     """Raises InputError if training has diverged in the steps `first` to `last`.
 
-    It has if the loss, summed over `items` tokens or rows, or the gradient norm, summed over the steps, is not finite,
-    or if the mean loss is above MAX_NLL. Reading the two numbers makes the program wait for a GPU.
+    That means: the loss or the gradient norm is not finite, or the mean loss is above MAX_NLL. loss: summed over
+    `items` tokens or rows; norm: summed over the steps. Reading them makes the program wait for a GPU.
     """
     nll = float(loss) / max(1, items)
     norm = float(norm)
@@ -66,14 +66,14 @@ class Optimizers:
 
     @property
     def groups(self) -> list[dict]:
-        """The groups of all optimizers; `load_state_dict` makes new ones."""
+        """The groups of all optimizers. They are not stored here, because load_state_dict replaces them."""
         groups = []
         for optimizer in self.optimizers:
             groups += optimizer.param_groups
         return groups
 
     def freeze(self, done: float) -> None:
-        """Removes the gradients of all groups that start to learn later than at the share `done` of the steps."""
+        """Sets .grad to None in all groups that do not learn yet; done: the share of the steps that are done."""
         for group in self.groups:
             if done < group["start"]:
                 for weight in group["params"]:
@@ -110,9 +110,9 @@ def dropout_mask(p: float, shape: tuple[int, ...], generator: torch.Generator) -
 
 @torch.no_grad()
 def update_average(average: nn.Module, modules: nn.Module, count: int, decay: float) -> None:
-    """Sets each weight a of `average`, a copy of `modules`, to d a + (1 - d) new.
+    """Moving average: sets each weight a of `average` to d a + (1 - d) w, where w is the same weight of `modules`.
 
-    d rises to `decay` at first: after n = `count` updates it is n / (n + 9) if that is less, so the first one copies.
+    d is `decay`, but at most count / (count + 9) after `count` updates. So the first update copies w.
     """
     d = min(decay, count / (count + 9))
     for a, new in zip(average.parameters(), modules.parameters(), strict=True):

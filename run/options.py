@@ -20,6 +20,10 @@ from pathlib import Path
 from run.files import InputError, read_text
 from run.tracker import check_tracker
 
+RUN_FLAGS = {
+    "--resume": {"action": "store_true", "help": "continue the stopped run in --out"},
+    "--overwrite": {"action": "store_true", "help": "replace the files of another run in --out"}}
+
 
 def option(default, help: str, choices: tuple = (), min: float = 0, max: float = math.inf):
     """A dataclass field with its help, its allowed values and, for a number, its range."""
@@ -48,7 +52,7 @@ def read_toml(path: str, known: set[str]) -> dict:
     try:
         values = tomllib.loads(text)
     except ValueError as error:     # TOMLDecodeError, or a number with thousands of digits
-        raise InputError(f"{path}: is not TOML ({error})") from None
+        raise InputError(f"{path} is not TOML ({error})") from None
     unknown = sorted(set(values) - known)
     if unknown:
         raise InputError(f"{path}: {unknown[0]!r} is no option; --help lists them")
@@ -79,12 +83,13 @@ def script_arguments(argv: Sequence[str] | None, config_class: type, name: str, 
                      extra: dict[str, dict]):
     """(config, others) of a script's command line; the command line wins over the TOML file.
 
-    others: --out, --resume, --config and the flags in `extra`, {flag: settings of add_argument}. Raises InputError.
+    others: --out, --config and the flags in `extra`, {flag: settings of add_argument}, such as RUN_FLAGS. Raises
+    InputError for an option that is unknown or has a wrong value.
     """
     parser = Parser(prog=name, description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default=out, type=Path, help=f"folder that the run writes (default {out.name}/)")
-    parser.add_argument("--resume", action="store_true", help="continue the last run in --out where it stopped")
-    parser.add_argument("--overwrite", action="store_true", help="replace the files of another run in --out")
+    project = Path(__file__).resolve().parent.parent
+    default = out.relative_to(project) if out.is_relative_to(project) else out
+    parser.add_argument("--out", default=out, type=Path, help=f"folder that the program writes (default {default}/)")
     parser.add_argument("--config", metavar="FILE", help="TOML file of options; the command line wins")
     for flag, settings in extra.items():
         parser.add_argument(flag, **settings)
@@ -104,10 +109,10 @@ def script_arguments(argv: Sequence[str] | None, config_class: type, name: str, 
 def script(name: str) -> Callable:
     """Decorates main(argv) -> exit status: a wrong input becomes one sentence and status 2, Ctrl-C status 130."""
     def decorate(main: Callable[..., int]) -> Callable[..., int]:
-        """`main` inside `run`, under its own name."""
+        """`main`, but what it raises becomes an exit status."""
         @wraps(main)
         def run(argv: Sequence[str] | None = None) -> int:
-            """The exit status of `main`, or that of what it raises, whose sentence goes to standard error."""
+            """Runs main; returns its exit status, or prints the sentence of what it raised and returns 2 or 130."""
             try:
                 return main(argv)
             except InputError as error:

@@ -1,4 +1,4 @@
-"""Two texts read against each other, for tasks whose rows are pairs, such as premise and hypothesis."""
+"""One vector for a pair of texts, for tasks whose rows are pairs, such as premise and hypothesis."""
 import math
 from collections.abc import Callable
 
@@ -33,7 +33,10 @@ class PairMatcher(nn.Module):
         return self.match(differences(u, v)).relu()
 
     def compared(self, own: Tensor, other: Tensor, inside: Tensor) -> Tensor:
-        """(2, T, N, H): every state of `own` compared with the average of `other` that it attends to."""
+        """(2, T, N, H): each state of `own` compared with its attention average over `other`.
+
+        inside (T, N) is True for the words of `other`.
+        """
         H = own.shape[-1]
         scores = torch.einsum("dtnh,dsnh->dnts", own, other) / math.sqrt(H)                 # (2, N, T, T)
         outside = ~inside.t()[:, None, :]                                                   # (N, 1, T)

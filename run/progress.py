@@ -141,15 +141,15 @@ class Run:
         self.save_time = self.clock
 
     def load(self, state: dict) -> None:
-        """Sets trainer and counters to a state that `save` wrote. With `--precision auto` its precision stays."""
+        """Sets trainer and counters to a state that `save` wrote. --precision auto keeps its precision."""
         try:
             self.trainer.load_state(state["trainer"])
             for name in self.SAVED:
                 setattr(self, name, state["run"][name])
             dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[state["precision"]]
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise InputError(f"{self.file} does not hold such a run ({one_line(error)}); start anew without "
-                             "--resume") from None
+            raise InputError(f"{self.file} cannot be resumed ({one_line(error)}); start anew without --resume"
+                             ) from None
         if self.trainer.config.precision not in ("auto", state["precision"]):
             raise InputError(f"{self.file} was computed in {state['precision']}, not {self.trainer.config.precision}; "
                              f"give --precision {state['precision']}, or start anew without --resume")
@@ -167,12 +167,16 @@ class Run:
         self.exits.callback(tracker.close)
         self.exits.callback(self.progress.bar.close)
         self.stop_event = self.exits.enter_context(stop_request())
-        self.progress.write(f"{self.step:,} of {trainer.steps:,} steps are done; matrix products in {self.precision}")
+        if self.step == 0 and self.file and self.file.exists():
+            self.progress.write(f"{self.file} has a stopped run, which this run replaces; --resume would continue it")
+        self.progress.write(f"starting at step {self.step:,} of {trainer.steps:,}; matrix products in {self.precision}")
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        if isinstance(error, InputError) and self.file and self.trainer.device.type == "cpu":
-            with suppress(InputError):      # the loss has diverged, but the weights are still those before the step
+        # If a step has diverged, the weights are still those before it. On a GPU they are not, and save() refuses them;
+        # if an evaluation has diverged, the weights are bad, and the last saved state stays.
+        if isinstance(error, InputError) and self.file and not self.due(self.step):
+            with suppress(InputError):
                 self.save()
                 self.progress.write(f"{self.file} has the state before step {self.step:,}")
         self.exits.close()
@@ -187,13 +191,16 @@ class Run:
         return self.step == self.trainer.steps
 
     def due(self, step: int) -> bool:
-        """Whether the weights before this step must be evaluated: once at the end of each interval."""
+        """Whether the weights before this step must be evaluated: once at the end of each interval.
+
+        A run that is resumed right after an evaluation must not repeat it, so the last one in the history counts.
+        """
         end_of_interval = step == self.trainer.steps or step % self.trainer.interval == 0
         last = self.history[-1]["step"] if self.history else 0
         return end_of_interval and step > last
 
     def save_best(self, evaluate: Callable[[float], tuple[float, dict, str]]) -> None:
-        """Adds an evaluation to the history, saves the weights if they are the best so far, and saves the state.
+        """Evaluates: adds to the history, keeps a copy of the weights if they are the best so far, saves the state.
 
         `evaluate(mean training loss since the last evaluation)` returns (loss, entry, sentence): the weights with the
         lowest loss are the best, the entry goes into the history, the sentence is printed. The time of an evaluation
@@ -219,7 +226,7 @@ class Run:
         self.save()
 
     def stop(self) -> bool:
-        """Whether the run ends before this step, because it is complete or was asked to stop; saves the state then."""
+        """Whether the run ends before this step: it is complete, or a user asked it to stop, and its state is saved."""
         if self.finished:
             return True
         votes = torch.tensor([float(self.stop_event.is_set())])        # on the CPU, so that no step waits for a GPU
@@ -228,7 +235,7 @@ class Run:
             return False
         self.save()
         hint = "; --resume continues" if self.file else ""
-        self.progress.write(f"stopped before step {self.step:,}{hint}")
+        self.progress.write(f"stopped after {self.step:,} of {self.trainer.steps:,} steps{hint}")
         return True
 
     def count(self, loss: torch.Tensor, norm: torch.Tensor, items: int) -> None:

@@ -29,7 +29,7 @@ def flat_numbers(values: dict, prefix: str = "") -> dict[str, float]:
 class Tracker:
     """Writes numbers by step to FOLDER/tensorboard/NAME or FOLDER/wandb, or nowhere. A resumed run extends its curves.
 
-    wandb works offline unless WANDB_API_KEY or WANDB_MODE is set.
+    wandb is offline unless WANDB_API_KEY is set; WANDB_MODE overrides both.
     """
 
     def __init__(self, kind: str, folder: Path, name: str, config: dict, step: int):

@@ -30,8 +30,8 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 CUDA = torch.device("cuda", 0)
 CPU = torch.device("cpu")
-READ_VALUES = {"item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__", "__array__", "__format__",
-               "__repr__", "__contains__", "is_nonzero", "equal", "allclose"}
+READ_VALUES = {"item", "tolist", "__bool__", "__float__", "__int__", "__index__", "__format__", "__repr__",
+               "__contains__", "is_nonzero", "equal", "allclose"}
 READ_A_SIZE = {"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount", "repeat_interleave"}
 UPLOAD = {"tensor", "as_tensor", "asarray"}                                 # torch.tensor([1.0], device="cuda")
 MAY_MIX = {"copy_", "data", "_has_compatible_shallow_copy_type"}            # they replace values, or compute nothing
@@ -107,6 +107,8 @@ class Far(TorchFunctionMode):
         if len(devices) > 1 and name not in MAY_MIX:
             raise AssertionError(f"{path} mixes {' and '.join(sorted(d.type for d in devices))} tensors in {caller()}")
         far = devices == {CUDA}
+        if far and name in ("numpy", "__array__"):
+            raise AssertionError(f"{path} takes no cuda tensor in {caller()}")
         if kwargs.get("device") is not None:                                # a factory, such as torch.zeros
             far = torch.device(kwargs["device"]).type == "cuda"
             kwargs = kwargs | {"device": CPU if far else kwargs["device"]}

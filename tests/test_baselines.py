@@ -1,4 +1,4 @@
-"""The baselines of report/baselines.py: word vectors, the linear model, and how predictions are compared."""
+"""Tests of report/baselines.py: word vectors, the linear model, and comparisons of predictions."""
 import json
 from unittest.mock import MagicMock, Mock
 
@@ -33,13 +33,13 @@ def vectors_of(kind: str, elmo: ELMO.ELMo, seed: int = 0) -> torch.Tensor:
     ("layer0", lambda layers: layers[0, :, :layers.shape[2] // 2]),
     ("layer2", lambda layers: layers[2]),
     ("average", lambda layers: layers.mean(dim=0))])
-def test_parts_of_the_bilm_are_those_of_the_vectors_that_users_get(elmo, kind, expected):
+def test_layer0_layer2_and_average_are_those_of_the_vectors_that_users_get(elmo, kind, expected):
     made = vectors_of(kind, elmo)
     for b, layers in enumerate(elmo.embed(SENTENCES)):
         assert torch.allclose(made[0, :layers.shape[1], b], expected(layers), atol=1e-5)
 
 
-def test_an_untrained_bilm_has_the_shape_of_the_trained_one_other_numbers_and_depends_on_the_seed(elmo):
+def test_an_untrained_bilm_has_the_shape_of_the_trained_one_and_random_weights_by_the_seed(elmo):
     made = vectors_of("untrained", elmo)
     assert torch.equal(made, vectors_of("untrained", elmo))
     assert not torch.allclose(made[:, :4, 0], elmo.embed(SENTENCES[:1])[0], atol=0.1)
@@ -52,10 +52,10 @@ def test_static_vectors_are_the_rows_of_their_words(representation):
     table = torch.randn(len(elmo.words), 5)
     made = baselines.StaticVectors(table)(elmo.encode(["oil prices fall .", "goal zzz"]), np.arange(2), torch.float32)
     assert torch.equal(made[0, :, 0], table[elmo.words.ids(["oil", "prices", "fall", "."])])
-    assert torch.equal(made[0, :2, 1], table[[elmo.words.index["goal"], 1]])        # an unknown word has <unk>'s
+    assert torch.equal(made[0, :2, 1], table[[elmo.words.index["goal"], 1]])        # an unknown word: that of <unk>
 
 
-def test_the_word2vec_baseline_is_skip_gram_and_elmos_start_is_not(monkeypatch):
+def test_the_word2vec_baseline_is_skip_gram_and_the_initial_vectors_of_elmo_are_cbow(monkeypatch):
     import gensim.models
     wv = MagicMock(key_to_index={5})
     wv.__getitem__.side_effect = lambda word: np.arange(4) + word
@@ -72,7 +72,7 @@ def test_the_word2vec_baseline_is_skip_gram_and_elmos_start_is_not(monkeypatch):
     assert table.std() == pytest.approx(1)
 
 
-def test_svd_places_words_of_the_same_neighbours_together():
+def test_words_with_the_same_neighbours_have_similar_svd_vectors():
     rows = ["cat sat", "cat ran", "dog sat", "dog ran", "oil rose", "oil fell", "gas rose", "gas fell"] * 5
     data = encoded(rows)
     table = baselines.svd(data, 4, seed=0)
@@ -82,7 +82,7 @@ def test_svd_places_words_of_the_same_neighbours_together():
 
 
 @pytest.mark.parametrize("pair, count", [
-    ("af", 1), ("ag", 0),               # five and six words apart
+    ("af", 1), ("ag", 0),               # five and six positions apart
     ("ax", 1), ("gx", 0),               # "g" ends a row, "x" is in the next row
     ("bx", 0)])                         # in a validation row
 def test_pairs_are_counted_in_training_rows_within_the_window_and_not_across_rows(pair, count):
@@ -92,19 +92,19 @@ def test_pairs_are_counted_in_training_rows_within_the_window_and_not_across_row
     assert counts[one, other] == counts[other, one] == count
 
 
-def test_mcnemar_counts_the_rows_that_only_one_has_right():
+def test_mcnemar_counts_the_rows_that_only_one_of_both_predicts_right():
     right = np.array([True] * 10 + [False] * 2 + [True] * 5)
     other = np.array([False] * 10 + [True] * 2 + [True] * 5)
     found = mcnemar(right, other)
     assert (found["only_this"], found["only_that"]) == (10, 2)
-    assert found["p"] == pytest.approx(2 * (1 + 12 + 66) / 2**12)       # two-sided binomial of 12 fair throws
+    assert found["p"] == pytest.approx(2 * (1 + 12 + 66) / 2**12)       # two-sided binomial: 12 tosses of a fair coin
     assert found["difference"] == pytest.approx(8 / 17)
     assert found["interval"][0] < 8 / 17 < found["interval"][1]
     assert mcnemar(right, right)["p"] == 1
 
 
-def test_the_linear_model_is_chosen_on_validation_rows_and_counts_unlabelled_texts_too(monkeypatch):
-    monkeypatch.setattr(baselines, "LINEAR_MODELS", (("svm", 1.0), ("logistic", 1e-9)))     # the second knows one class
+def test_the_linear_model_is_chosen_on_validation_rows_and_its_words_come_from_unlabelled_texts_too(monkeypatch):
+    monkeypatch.setattr(baselines, "LINEAR_MODELS", (("svm", 1.0), ("logistic", 1e-9)))   # the second: one class
     corpus = ["good film", "good story", "bad film", "bad story", "fine plot", "fine plot"] * 3
     train = Part([(text,) for text in ["good film", *corpus[:4] * 3]], np.array([1, *[1, 1, 0, 0] * 3]))
     test = Part([("good plot",), ("bad plot",), ("good bad",)], np.array([1, 0, 1]))
@@ -120,7 +120,7 @@ def test_the_linear_model_is_chosen_on_validation_rows_and_counts_unlabelled_tex
     assert numbers["ensemble"] == numbers["test"]["mean"] == pytest.approx((predicted == test.labels).mean())
 
 
-def test_baselines_and_their_differences_from_the_jsons(builtin, tmp_path, monkeypatch):
+def test_baselines_json_has_every_baseline_and_setting_and_compares_their_predictions(builtin, tmp_path, monkeypatch):
     texts = [text for _, _, text in sample.generate(200)]
     ELMO.ELMo.train(texts, tiny(validation=60, epochs=0.5)).save(tmp_path / "bilstm.pt")
     build = tmp_path / "build"
@@ -146,7 +146,7 @@ def test_baselines_and_their_differences_from_the_jsons(builtin, tmp_path, monke
 
 @pytest.mark.parametrize("digest, rows, lr, fits", [
     ("a", 4, 0.1, True), ("b", 4, 0.1, False), ("a", 5, 0.1, False), ("a", 4, 0.2, False)])
-def test_runs_with_other_options_or_of_another_bilm_are_not_taken(tmp_path, digest, rows, lr, fits):
+def test_a_finished_run_with_another_bilm_options_or_test_rows_is_not_used(tmp_path, digest, rows, lr, fits):
     path = tmp_path / "svd.json"
     path.write_text(json.dumps({"bilm": "a", "config": {"lr": 0.1, "seeds": 1},
                                 "settings": {"trainable": {"predictions": "0123"}}}))

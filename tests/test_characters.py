@@ -3,9 +3,17 @@ import math
 
 import pytest
 import torch
+<<<<<<< HEAD
 from torch.testing import assert_close
 
 from data.characters import CharacterCNN, character_codes
+=======
+from conftest import SENTENCES, tiny
+from torch.testing import assert_close
+
+from data.characters import CharacterCNN, character_codes
+from ELMO import ELMo
+>>>>>>> main
 
 LONGEST_PART = 24       # bytes of a word that the network reads
 LENGTH = 26             # codes of a word: its bytes, a begin and an end
@@ -119,6 +127,19 @@ def test_vectors_of_words_equal_those_of_plain_loops():
     assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+<<<<<<< HEAD
+=======
+def test_layer_0_of_a_text_has_the_vectors_of_the_characters_of_its_words():
+    elmo = ELMo.train(SENTENCES, tiny(representation="char", epochs=1.0))
+    words = ["zebra", "oil", "the"]
+    expected = elmo.model.characters(torch.from_numpy(character_codes(words)))[4:]      # (3, P)
+    vectors = elmo.embed(["zebra oil the oil"])[0]
+    for direction in vectors[0].chunk(2, dim=-1):
+        assert_close(direction[:3], expected, rtol=1e-4, atol=1e-5)
+        assert_close(direction[3], expected[1], rtol=1e-4, atol=1e-5)
+
+
+>>>>>>> main
 def test_the_padding_of_a_word_is_zeros_and_stays_zeros():
     network = CharacterCNN(5)
     network(torch.from_numpy(character_codes(["oil"]))).sum().backward()

@@ -7,18 +7,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SENTENCES, changed, classifier, tiny, trainer_of
+from pytest import approx
 from torch import Tensor, nn
-from torch.testing import assert_close
 
 import classification
 import ELMO
 from classification import SETTINGS, Config, Head, Trainer
+from data.tasks import Part, Task
+from run.optimization import dropout_mask, update_average
 
-CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 Weights = dict[str, Tensor]
 
 
-# ---------------------------------------------------------------- heads, from the weights in their file and torch alone
+# ------------------------------------------------------------ heads in plain PyTorch, from the weights in their file
 # w: the weights of a head by name. It reads one text at a time, so that there is no padding.
 def linear(w: Weights, name: str, x: Tensor) -> Tensor:
     """A linear layer of the head."""
@@ -91,10 +92,10 @@ def plain_logits(w: Weights, texts: list[Tensor], text_mask=1.0, mix_masks=(1.0,
 
 @pytest.mark.parametrize("task", ["ag_news", "nli"])
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_logits_of_a_padded_batch_equal_those_of_each_text_by_itself_and_of_torch_alone(setting, task):
+def test_logits_of_a_padded_batch_equal_those_of_each_text_by_itself_and_of_plain_pytorch(setting, task):
     head = Head(Config(hidden=5, task=task, dropout=0.4), setting, 3, 8, classes=4)
     generator = torch.Generator().manual_seed(1)
-    for weight in head.parameters():        # large ones, biases too, so that every wrong equation shows
+    for weight in head.parameters():        # large weights and biases, so that every wrong equation shows
         weight.data.normal_(std=0.7, generator=generator)
     layers = torch.randn(3, 6, 4, 8, generator=generator)                       # random numbers in the padding too
     lengths = torch.tensor([6, 3, 1, 0])    # of four texts; as pairs they have 6 and 1, 3 and 0 words
@@ -105,28 +106,21 @@ def test_logits_of_a_padded_batch_equal_those_of_each_text_by_itself_and_of_torc
         rows = [n, n + 2] if task == "nli" else [n]
         texts = [layers[:, :lengths[row], row] for row in rows]
         expected = plain_logits(head.state_dict(), texts, masks[0][n], masks[1][0, rows])
-        assert_close(found, expected, **CLOSE)
+        assert torch.allclose(found, expected, atol=1e-5)
         own_masks = (masks[0][n:n + 1], masks[1][:, rows])
         by_itself = head(layers[:, :, rows], lengths[rows], own_masks)
-        assert_close(by_itself[0], expected, **CLOSE)
+        assert torch.allclose(by_itself[0], expected, atol=1e-5)
 
 
-def test_a_text_is_pooled_over_its_words_and_not_over_its_padding():
-    head = Head(Config(hidden=1), "trainable", 3, 8, classes=4)
-    weights = head.attention.state_dict()
-    weights["weight"].fill_(math.log(3) / 2)            # a state that is larger by 2 gets 3 times the attention
-    weights["bias"].fill_(0)
-    forward = [[1, 3, 100], [6, 4, 8], [100, 100, 100]]         # states of three texts of 2, 3 and 0 words
-    backward = [[7, 5, -100], [-1, -1, -1], [-100, 100, 0]]
-    h = torch.tensor([forward, backward], dtype=torch.float32).transpose(1, 2)[..., None]       # (2, T, B, 1)
-    inside = torch.tensor([[True, True, False], [True, True, True], [False, False, False]]).t()
-    expected = [                                        # maximum, attention and mean; first forward, then backward
-        [3, (1 + 3 * 3) / 4, 2, 7, (3 * 7 + 5) / 4, 6],
-        [8, (3 * 6 + 4 + 9 * 8) / 13, 6, -1, -1, -1],
-        [0, 0, 0, 0, 0, 0]]
-    with torch.no_grad():
-        found = head.pool(h, inside)
-    assert_close(found, torch.tensor(expected, dtype=torch.float32))
+def test_the_states_of_both_directions_are_in_reading_order():
+    head = Head(Config(hidden=5), "trainable", 3, 8, classes=4).initialize(0)
+    x = torch.randn(6, 2, 8, generator=torch.Generator().manual_seed(0))        # (T, B, width)
+    lengths = torch.tensor([6, 3])
+    h = head.read(x, lengths)                                                   # (2, T, B, H)
+    for b, n in enumerate(lengths):
+        forward, backward = plain_states(head.state_dict(), x[:n, b])
+        assert torch.allclose(h[0, :n, b], forward, atol=1e-6)
+        assert torch.allclose(h[1, :n, b], backward, atol=1e-6)
 
 
 def test_a_notebook_needs_only_torch_to_classify_with_the_file(whole):
@@ -142,7 +136,15 @@ def test_a_notebook_needs_only_torch_to_classify_with_the_file(whole):
     logits = plain_logits(weights, clf.elmo.embed([text]))
     p = logits.softmax(dim=0).tolist()
     prediction, = clf.predict([text])
-    assert prediction["probabilities"] == pytest.approx(dict(zip(content["labels"], p, strict=True)), abs=1e-5)
+    assert prediction["probabilities"] == approx(dict(zip(content["labels"], p, strict=True)), abs=1e-5)
+
+
+def test_forget_gates_begin_open_and_all_other_biases_at_zero():
+    head = Head(Config(hidden=2), "trainable", 3, 4, classes=4).initialize(0)
+    for lstm in (head.forward_lstm, head.backward_lstm):
+        assert lstm.bias_ih_l0.tolist() == [0, 0, 1, 1, 0, 0, 0, 0]             # gates i, f, g, o
+        assert not lstm.bias_hh_l0.any()
+    assert not head.out.bias.any()
 
 
 # ------------------------------------------------------------------------------------ heads that learn side by side
@@ -182,88 +184,74 @@ def test_heads_of_one_seed_share_every_weight_of_the_same_shape_but_w(elmo):
     assert changed(frozen, heads["frozen-8"]) == drawn | {"mix.w"}
 
 
-def inputs_of(module: nn.Module) -> list[Tensor]:
-    """A list that gets the first input of every later call of a module."""
-    inputs = []
-    module.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0].detach()))
-    return inputs
-
-
-def check_masks(masks: list[Tensor], share: float) -> None:
-    """That masks (units, texts) are about this full, and that nearly all texts of all masks lose different units."""
-    for mask in masks:
-        assert mask.float().mean().item() == pytest.approx(share, abs=0.12)
-    columns = torch.cat(masks, dim=1)
-    different = columns.unique(dim=1)
-    assert different.shape[1] > 0.8 * columns.shape[1]          # a few are the same by chance
-
-
-def inside_mask(values: Tensor, lengths: list[int]) -> Tensor:
-    """(units, texts) which units of values (T, B, units) are not zero; they must be the same at all words of a text."""
-    columns = []
-    for b, length in enumerate(lengths):
-        used = values[:length, b] != 0                          # (length, units)
-        assert torch.equal(used, used[:1].expand_as(used)), "words of one text lose different units"
-        columns.append(used[0])
-    return torch.stack(columns, dim=1)
-
-
-def test_dropout_takes_the_same_units_at_all_words_of_a_text_and_others_in_every_text_head_and_step(elmo):
-    trainer = trainer_of(elmo, setting="trainable", seeds=2, dropout=0.4)
-    mixes = [inputs_of(learner.modules["head"].forward_lstm) for learner in trainer.learners.values()]
-    texts = [inputs_of(learner.modules["head"].out) for learner in trainer.learners.values()]
-    trained(trainer, 3)
-    of_mixes = []
-    of_texts = []
-    for step in range(3):
-        lengths = trainer.parts["train"].words[trainer.batches[step]]
-        of_mixes += [inside_mask(of_head[step], lengths) for of_head in mixes]
-        of_texts += [(of_head[step] != 0).t() for of_head in texts]
-    check_masks(of_mixes, 0.6)
-    check_masks(of_texts, 0.6)
-
-
-def test_dropout_divides_what_remains_by_its_probability(elmo):
-    trainer = trainer_of(elmo, setting="trainable", dropout=0.4)
-    head = trainer.learners["trainable-0"].modules["head"]
-    found = inputs_of(head.forward_lstm)
-    rows = trainer.batches[0]
-    layers = trainer.vectors(trainer.parts["train"].encoded, rows, torch.float32)
-    average = layers.mean(dim=0)                                # w is 0 and gamma 1 before the first step
-    trainer.step(0)
-    assert_close(found[0], average / 0.6 * (found[0] != 0), **CLOSE)
-
-
-def test_dropout_of_a_bilm_that_learns_takes_the_same_units_at_all_words_of_a_text_and_others_in_every_layer(elmo):
-    trainer = trainer_of(elmo, finetune=True, bilm_dropout=0.4, dropout=0.0)
-    layers = inputs_of(trainer.learners["trainable-0"].modules["head"].mix)
-    trained(trainer, 2)
+def test_heads_draw_equal_dropout_masks_from_the_same_random_numbers(elmo):
     masks = []
-    for step in range(2):
-        lengths = trainer.parts["train"].words[trainer.batches[step]]
-        h = layers[step]                                        # (3, T, B, D)
-        without_skip = h[2] - h[1]
-        for values in (h[0], h[1], without_skip):
-            both = inside_mask(values, lengths)
-            masks += both.chunk(2)                              # forward and backward
-    assert len(masks) == 12
-    check_masks(masks, 0.6)
+    for learner in trainer_of(elmo).learners.values():
+        generator = torch.Generator().manual_seed(5)
+        masks.append(learner.modules["head"].dropout_masks(4, generator))
+    trainable, frozen, function = masks
+    assert torch.equal(trainable[0], frozen[0])
+    assert torch.equal(trainable[0], function[0])                   # of the pooled text
+    assert torch.equal(trainable[1], frozen[1])                     # of the mix
 
 
-def test_heads_of_one_seed_lose_the_same_units_whatever_their_settings(elmo):
-    trainer = trainer_of(elmo, dropout=0.4)
-    mixes = []
-    texts = []
-    for learner in trainer.learners.values():
-        head = learner.modules["head"]
-        mixes.append(inputs_of(head.forward_lstm))
-        texts.append(inputs_of(head.out))
-    trainer.step(0)
-    trainable, frozen, function = texts
-    assert torch.equal(trainable[0] == 0, frozen[0] == 0)
-    assert torch.equal(trainable[0] == 0, function[0] == 0)     # of the pooled text
-    trainable, frozen, _ = mixes
-    assert torch.equal(trainable[0] == 0, frozen[0] == 0)       # of the mix
+def test_dropout_removes_a_share_of_the_units_and_scales_the_others_so_that_their_mean_stays():
+    mask = dropout_mask(0.2, (100, 100), torch.Generator().manual_seed(0))
+    assert mask.unique().tolist() == [0, 1.25]
+    assert (mask == 0).float().mean().item() == approx(0.2, abs=0.02)
+
+
+def test_in_training_a_sentence_loses_the_same_units_of_the_mix_at_every_position(elmo):
+    trainer = trainer_of(elmo, setting="trainable", dropout=0.5)
+    head = trainer.learners["trainable-0"].modules["head"]
+    mixed = []
+    read = []
+    head.mix.register_forward_hook(lambda mix, inputs, output: mixed.append(output.detach()))
+    head.forward_lstm.register_forward_pre_hook(lambda lstm, inputs: read.append(inputs[0].detach()))
+    trained(trainer, 3)
+    for x, with_dropout in zip(mixed, read, strict=True):
+        factor = with_dropout / x                                   # (T, B, width)
+        assert factor.unique().tolist() == approx([0, 2])
+        assert (factor == factor[:1]).all()
+        assert len(factor[0].unique(dim=0)) == x.shape[1], "every sentence loses other units"
+
+
+def lost_units(trainer: Trainer, steps: int) -> dict[str, list[Tensor]]:
+    """For each head, the units (N, 6H) of the pooled texts that it loses in each of its first steps, as bool."""
+    lost = {name: [] for name in trainer.learners}
+    for name, learner in trainer.learners.items():
+        def record(layer, inputs, found=lost[name]):
+            """Adds the zeros that the last layer reads."""
+            found.append(inputs[0] == 0)
+
+        learner.modules["head"].out.register_forward_pre_hook(record)
+    trained(trainer, steps)
+    return lost
+
+
+def test_settings_of_one_seed_lose_the_same_units_and_other_seeds_and_steps_other_ones(elmo):
+    trainer = trainer_of(elmo, seeds=2, batch_tokens=10_000, epochs=3, dropout=0.5)     # one batch in every epoch
+    lost = lost_units(trainer, 2)
+    for name, (first, second) in lost.items():
+        _, _, seed = name.partition("-")
+        expected_first, expected_second = lost[f"trainable-{seed}"]
+        assert first[expected_first].all()
+        assert second[expected_second].all()
+        assert not torch.equal(first, second)
+        assert 0.4 < first.float().mean() < 0.6
+    assert not torch.equal(lost["trainable-0"][0], lost["trainable-1"][0])
+
+
+def test_another_epoch_has_other_batches(elmo):
+    trainer = trainer_of(elmo, setting="frozen", batch_tokens=100)
+    first = trainer.batches
+    trained(trainer, trainer.per_epoch + 1)
+    second = trainer.batches
+    first = np.concatenate(first).tolist()
+    second = np.concatenate(second).tolist()
+    assert sorted(first) == list(range(120))
+    assert sorted(second) == list(range(120))
+    assert first != second
 
 
 def test_trainable_and_frozen_stay_identical_if_w_is_the_same_and_does_not_learn(elmo):
@@ -287,102 +275,114 @@ def test_heads_trained_side_by_side_equal_heads_trained_by_themselves(elmo):
         assert not changed(weights, {name: every[name] for name in weights})
 
 
+# the share of the peak learning rate before each of the first of 100 steps: 3 steps of warm-up, then a cosine
+SHARES = [1 / 3, 2 / 3, 0.99902, 0.99780, 0.99610, 0.99391]
+
+
 def test_training_equals_a_plain_loop_with_adamw(elmo):
-    trainer = trainer_of(elmo, seed=2, setting="trainable", clip=0.2, dropout=0.0, epochs=25.0, weight_decay=0.1)
-    assert trainer.steps == 400                                 # so that the learning rate rises for 12 steps
+    trainer = trainer_of(elmo, seed=2, setting="trainable", clip=0.2, dropout=0.0)
+    trainer.steps = 100
     head = trainer.new_head("trainable", 4, 2)
     mix = [head.mix.w, head.mix.gamma]
     others = [weight for name, weight in head.named_parameters() if "mix" not in name]
-    adamw = torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.1)
-    adam = torch.optim.Adam(mix, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer.add_param_group({"params": mix, "weight_decay": 0.0})
     part = trainer.parts["train"]
     norms = []
-    for step in range(6):
+    for step, share in enumerate(SHARES):
         rows = trainer.batches[step]
         layers = trainer.vectors(part.encoded, rows, torch.float32)
         lengths = torch.from_numpy(part.words[rows])
         log_p = head(layers, lengths).log_softmax(dim=1)
-        gold = F.one_hot(part.labels[rows], 4)
-        target = 0.95 * gold + 0.05 / 4                         # label smoothing, which is 0.05 by default
-        loss = -(target * log_p).sum(dim=1).mean()
+        gold = log_p[range(len(rows)), part.labels[rows]]
+        loss = -(0.95 * gold + 0.05 * log_p.mean(dim=1)).mean()     # label smoothing
         loss.backward()
         norm = nn.utils.clip_grad_norm_(head.parameters(), 0.2)
         norms.append(norm)
-        adamw.param_groups[0]["lr"] = 0.004 * (step + 1) / 12
-        adam.param_groups[0]["lr"] = 0.02 * (step + 1) / 12
-        for optimizer in (adamw, adam):
-            optimizer.step()
-            optimizer.zero_grad()
-        summed, *_, count = trainer.step(step)
+        optimizer.param_groups[0]["lr"] = 0.004 * share
+        optimizer.param_groups[1]["lr"] = 0.02 * share
+        optimizer.step()
+        optimizer.zero_grad()
+        summed, found_norm, count = trainer.step(step)
         assert count == len(rows)
-        assert float(summed) / count == pytest.approx(loss.item(), rel=1e-5)
+        assert float(summed) / count == approx(loss.item(), rel=1e-5)
+        assert float(found_norm) == approx(norm.item(), rel=1e-3)
     assert min(norms) < 0.2 < max(norms)
     found = trainer.learners["trainable-2"].modules["head"].state_dict()
     found.pop("attention.bias")         # it moves all scores alike: its gradient is 0 up to rounding
     for name, weight in found.items():
-        assert_close(weight, head.state_dict()[name], **CLOSE, msg=name)
+        assert torch.allclose(weight, head.state_dict()[name], atol=1e-5), name
 
 
-# cos(pi / 4) = 0.70711, so that after a quarter of the run the cosine is 0.01 + 0.99 / 2 * 1.70711 = 0.85502
-@pytest.mark.parametrize("step, factor", [
-    (0, 1 / 12), (1, 2 / 12), (100, 0.85502), (200, 0.505), (300, 0.15498), (399, 0.01002)])
-def test_a_step_moves_weights_by_the_learning_rate_of_its_place_in_the_run(elmo, step, factor):
-    trainer = trainer_of(elmo, setting="trainable", epochs=25.0, weight_decay=0.0, lr=0.004, mix_lr=0.02)
-    assert trainer.steps == 400
-    head = trainer.learners["trainable-0"].modules["head"]
-    before = deepcopy(head.state_dict())
-    trainer.step(step)                  # the first update of Adam is as large as the learning rate
-    peaks = {"mix.w": 0.02, "mix.gamma": 0.02, "out.weight": 0.004, "backward_lstm.weight_ih_l0": 0.004}
-    for name, peak in peaks.items():
-        moved = head.get_parameter(name) - before[name]
-        largest = moved.abs().max().item()
-        assert largest == pytest.approx(peak * factor, rel=0.01), name
+def test_the_average_of_a_weight_rises_to_its_decay():
+    module = nn.Linear(1, 1)
+    average = nn.Linear(1, 1)
+    averages = []
+    for count, value in enumerate((1.0, 2.0, 3.0)):
+        module.weight.data.fill_(value)
+        update_average(average, module, count, 0.15)
+        averages.append(average.weight.item())
+    # the first value; 0.1 * 1 + 0.9 * 2; then 2/11 is more than 0.15: 0.15 * 1.9 + 0.85 * 3
+    assert averages == approx([1.0, 1.9, 2.835])
 
 
-def test_every_pass_over_the_training_rows_has_every_row_once_in_another_order(elmo):
-    trainer = trainer_of(elmo, setting="frozen")
-    orders = []
-    for epoch in range(2):
-        trainer.step(epoch * trainer.per_epoch)
-        orders.append(np.concatenate(trainer.batches).tolist())
-    assert sorted(orders[0]) == sorted(orders[1]) == list(range(120))
-    assert orders[0] != orders[1]
-
-
-def test_the_weights_of_a_run_are_the_averaged_ones_of_the_evaluation_with_the_lowest_loss(elmo):
-    trainer = trainer_of(elmo, epochs=12.0, lr=0.02, ema=0.5)           # random labels: heads learn them by heart
-    run = classification.train(trainer)
-    assert [entry["epoch"] for entry in run.history] == [k / 2 for k in range(1, 25)]
-    losses = []
-    for entry in run.history:
-        of_settings = [entry["validation"][setting]["loss"] for setting in SETTINGS]
-        losses.append(np.mean(of_settings))
-    best = int(np.argmin(losses))
-    assert best < 20
-    trainer.model.load_state_dict(run.best)
-    part = trainer.parts["validation"]
-    for setting in SETTINGS:
-        p = trainer.probabilities(part)[f"{setting}-0"]
-        loss = F.nll_loss(p.log(), part.labels).item()
-        assert run.history[best]["validation"][setting]["loss"] == pytest.approx([loss], rel=1e-4)
-
-
-def test_the_averaged_weights_are_those_of_the_formula(elmo):
-    trainer = trainer_of(elmo, setting="function", ema=0.15, epochs=3)
+def test_what_is_evaluated_is_the_average_of_every_tenth_step_and_of_the_last_one(elmo):
+    trainer = trainer_of(elmo, setting="function", ema=0.15)
+    trainer.steps = 23
     learning = trainer.learners["function-0"].modules["head"].out.weight
     average = trainer.model["function-0"]["head"].out.weight
     snapshots = []
-    for step in range(30):
+    for step in range(23):
         trainer.step(step)
-        if step in (9, 19, 29):
+        if step in (9, 19, 22):
             snapshots.append(learning.detach().clone())
     expected = torch.lerp(snapshots[1], snapshots[0], 0.1)          # decay 1/10
     expected = torch.lerp(snapshots[2], expected, 0.15)             # 2/11 is more than `ema`
-    assert_close(average, expected)
-    p = trainer.probabilities(trainer.parts["validation"])
-    trainer.learners["function-0"].modules["head"].out.weight.data.zero_()
-    again = trainer.probabilities(trainer.parts["validation"])
-    assert torch.equal(p["function-0"], again["function-0"]), "the weights that learn were evaluated"
+    assert torch.allclose(average, expected, atol=1e-6)
+
+
+class Rehearsed(Trainer):
+    """A trainer whose steps only set the averaged weights, so that every text has the class probabilities of ROUNDS."""
+    ROUNDS = ([0.7, 0.1, 0.1, 0.1], [0.25, 0.25, 0.25, 0.25], [0.1, 0.2, 0.3, 0.4])
+
+    def step(self, step: int) -> tuple[Tensor, Tensor, int]:
+        for modules in self.model.values():
+            out = modules["head"].out
+            out.weight.data.zero_()
+            out.bias.data = torch.tensor(self.ROUNDS[step]).log()
+        return torch.zeros(()), torch.zeros(()), 1
+
+
+def test_the_weights_are_those_of_the_evaluation_with_the_lowest_validation_loss(elmo):
+    options = {"setting": "frozen", "epochs": 3, "batch_tokens": 10_000}        # one step per epoch
+    plain = trainer_of(elmo, **options)
+    trainer = Rehearsed(plain.config, plain.vectors, plain.parts, 4)
+    validation = trainer.parts["validation"]
+    validation.labels = torch.arange(30) % 4                        # 8 of classes 0 and 1, 7 of classes 2 and 3
+    run = classification.train(trainer)
+    losses = []
+    for entry in run.history:
+        loss, = entry["validation"]["frozen"]["loss"]
+        losses.append(loss)
+    assert losses[0] == approx(-(8 * math.log(0.7) + 22 * math.log(0.1)) / 30, rel=1e-5)
+    assert losses[1] == approx(math.log(4), rel=1e-5)
+    assert losses[2] == approx(-(8 * math.log(0.1 * 0.2) + 7 * math.log(0.3 * 0.4)) / 30, rel=1e-5)
+    assert run.best["frozen-0.head.out.bias"].exp().tolist() == approx([0.25] * 4)
+
+
+@pytest.mark.parametrize("finetune", [False, True])
+def test_probabilities_of_rows_are_in_the_order_of_the_rows_and_by_the_evaluated_weights(elmo, finetune):
+    trainer = trainer_of(elmo, setting="trainable", finetune=finetune, unfreeze=0.0)
+    trained(trainer, 20)
+    part = trainer.parts["validation"]
+    chosen = np.array([5, 29, 0, 11, 2])
+    p = trainer.probabilities(part, chosen)["trainable-0"]
+    modules = trainer.model["trainable-0"]
+    bilm = modules["bilm"] if finetune else elmo.model
+    for row, found in zip(chosen, p, strict=True):
+        layers = classification.ELMoVectors(bilm)(part.encoded, np.array([row]), torch.float32)
+        logits = plain_logits(modules["head"].state_dict(), [layers[:, :, 0]])
+        assert torch.allclose(found, logits.softmax(dim=0), atol=1e-5)
 
 
 # --------------------------------------------------------------------------------- a biLM that learns, or does not
@@ -391,38 +391,101 @@ def test_only_a_copy_of_the_bilm_learns_the_top_layer_first_and_lower_ones_more_
     elmo = ELMO.ELMo.train(SENTENCES * 3, tiny(representation=representation, epochs=0.5))
     before = deepcopy(elmo.model.state_dict())
     trained(trainer_of(elmo), 3)
-    trainer = trainer_of(elmo, finetune=True, unfreeze=0.25, bilm_lr=0.01, epochs=2.5)
-    assert trainer.steps == 40
+    trainer = trainer_of(elmo, finetune=True, unfreeze=0.25, bilm_lr=0.01)
+    trainer.steps = 40
     bilm = trainer.learners["trainable-0"].modules["bilm"]
-    first = {}                          # step and size of each weight's first update
-    for step in range(31):
+    start = {}
+    for step in range(trainer.steps):
         old = deepcopy(bilm.state_dict())
         trainer.step(step)
-        for name in changed(old, bilm.state_dict()) - first.keys():
-            moved = bilm.state_dict()[name] - old[name]
-            first[name] = (step, moved.abs().max().item())
+        for name, weight in bilm.state_dict().items():
+            moved = (weight - old[name]).abs().max().item()
+            if moved:
+                start.setdefault(name, (step, moved))
     assert not changed(before, elmo.model.state_dict())
-    assert set(first) == {name for name in before if "bias_hh" not in name} - unused
-    # The first update of Adam is as large as the learning rate. After a quarter of the run, a half and three quarters
-    # the cosine has fallen to 0.85502, 0.505 and 0.15498. Each layer is 2.6 times slower than the one above.
-    expected = {
-        "_lstms.1.": (10, 0.01 * 0.85502),
-        "_lstms.0.": (20, 0.01 * 0.505 / 2.6),
-        "": (30, 0.01 * 0.15498 / 2.6**2)}
-    for name, (step, moved) in first.items():
-        start, size = next(expected[layer] for layer in expected if layer in name)
-        assert step == start, name
-        assert moved == pytest.approx(size, rel=0.01), name
+    assert set(start) == {name for name in before if "bias_hh" not in name} - unused
+    # the first update of Adam is as large as the learning rate: 0.01, divided by 2.6 for each layer below the top,
+    # times the share of the schedule after a quarter, a half and three quarters of the steps
+    top = (10, 0.01 * 0.85502)
+    middle = (20, 0.01 / 2.6 * 0.505)
+    lowest = (30, 0.01 / 6.76 * 0.15498)
+    for name, (step, moved) in start.items():
+        expected = lowest
+        if "lstms.1" in name:
+            expected = top
+        elif "lstms.0" in name:
+            expected = middle
+        assert step == expected[0], name
+        assert moved == approx(expected[1], rel=0.01), name
+
+
+def test_a_sentence_loses_the_same_units_of_a_bilm_that_learns_at_every_position(elmo):
+    trainer = trainer_of(elmo, finetune=True, bilm_dropout=0.5)
+    learner = trainer.learners["trainable-0"]
+    part = trainer.parts["train"]
+    rows = np.flatnonzero(part.lengths == 7)[:4]
+    generator = torch.Generator().manual_seed(0)
+    h, lengths = learner.contextual(part, rows, torch.float32, generator)                       # (3, T, B, D)
+    assert h.shape[:3] == (3, 7, 4)
+    assert lengths.tolist() == [7, 7, 7, 7]
+    lost = torch.stack([h[0] == 0, h[1] == 0, h[2] == h[1]])        # h_2 is h_1 plus what the upper LSTM adds
+    assert (lost == lost[:, :1]).all()
+    assert lost.float().mean().item() == approx(0.5, abs=0.15)
+    units = torch.cat(lost[:, 0].chunk(2, dim=-1))                  # (6, B, P): layers and directions
+    assert len(units.flatten(0, 1).unique(dim=0)) == 6 * 4, "layers, directions and sentences lose different units"
+    x = trainer.vectors(part.encoded, rows, torch.float32)[0]
+    assert torch.allclose(h[0], 2 * x * ~lost[0]), "units that stay are scaled"
+
+
+def gradients_of_update(trainer: Trainer, step: int) -> dict[str, dict[str, Tensor]]:
+    """For "head" and "bilm", the gradients of all weights by which a step updates them, after clipping."""
+    learner = trainer.learners["trainable-0"]
+    found = {}
+
+    def record(optimizer, args, kwargs):
+        """Copies all gradients."""
+        for part, module in learner.modules.items():
+            found[part] = {}
+            for name, weight in module.named_parameters():
+                if weight.grad is not None:
+                    found[part][name] = weight.grad.to_dense().clone()
+
+    learner.optimizers.optimizers[0].register_step_pre_hook(record)     # called before anything is updated
+    trainer.step(step)
+    return found
+
+
+def norm_of(gradients: dict[str, Tensor]) -> float:
+    """The norm of all gradients as one vector."""
+    flat = [gradient.flatten() for gradient in gradients.values()]
+    return torch.cat(flat).norm().item()
 
 
 def test_the_gradients_of_a_head_and_of_its_bilm_are_clipped_apart(elmo):
     trainer = trainer_of(elmo, finetune=True, unfreeze=0.0, clip=0.001)
-    learner = trainer.learners["trainable-0"]
-    learner.optimizers.optimizers.clear()                       # so that the gradients stay after a step
-    trainer.step(0)
-    for module in learner.modules.values():
-        gradients = []
-        for weight in module.parameters():
-            if weight.grad is not None:
-                gradients.append(weight.grad.to_dense().flatten())
-        assert torch.cat(gradients).norm().item() == pytest.approx(0.001, rel=1e-4)
+    for gradients in gradients_of_update(trainer, 0).values():
+        assert norm_of(gradients) == approx(0.001, rel=1e-4)
+
+
+def test_a_layer_that_does_not_learn_yet_has_no_gradient_and_no_share_of_the_norm(elmo):
+    trainer = trainer_of(elmo, finetune=True, unfreeze=0.25, clip=0.001)
+    trainer.steps = 40
+    bilm = gradients_of_update(trainer, 15)["bilm"]
+    for name in bilm:
+        assert "lstms.1" in name
+    assert "forward_lstms.1.weight_ih_l0" in bilm
+    assert "backward_lstms.1.weight_ih_l0" in bilm
+    assert norm_of(bilm) == approx(0.001, rel=1e-4)
+
+
+def test_an_adapted_bilm_begins_with_the_weights_that_it_had(elmo, tmp_path):
+    texts = ["the quagga sat on the mat .", "oil prices fall , said the quagga ."] * 10
+    task = Task("sst2", ["a", "b"], Part.of([]), Part.of([]), Part.of([]), texts)
+    config = Config(task="sst2", adapt=1e-6)                        # no step
+    run = classification.adapt(elmo, task, config, tmp_path / "resume.pt", resume=False)
+    assert run.step == 0
+    adapted = ELMO.ELMo.from_run(run)
+    known = elmo.words.words
+    assert adapted.words.words == [*known, "quagga"]
+    for found, expected in zip(adapted.embed(SENTENCES), elmo.embed(SENTENCES), strict=True):
+        assert torch.allclose(found, expected, atol=1e-2)           # rounded to half precision

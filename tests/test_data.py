@@ -1,4 +1,8 @@
+<<<<<<< HEAD
 """Rows, tokens, batches and the built-in corpus: values are written by hand or counted in a second, slow way."""
+=======
+"""Rows, tokens and the built-in corpus: expected values are written by hand or counted in a second, slow way."""
+>>>>>>> main
 import collections
 import hashlib
 import itertools
@@ -17,9 +21,10 @@ from data.text import BOS, EOS, PAD, SPECIAL, UNK, Data, tokenize, tokenize_text
 from ELMO import Config
 from run.files import InputError, write_atomically
 
-LAYOUTS = {"original": '"3","A title","Oil rises, again."\n"1","","He said ""no""."\n',
-           "three": 'Class Index,Title,Description\n3,A title,"Oil rises, again."\n1,,"He said ""no""."\n',
-           "two": 'Class Index,Description\n3,"Oil rises, again."\n1,"He said ""no""."\n'}
+LAYOUTS = {
+    "original": '"3","A title","Oil rises, again."\n"1","","He said ""no""."\n',
+    "three columns": 'Class Index,Title,Description\n3,A title,"Oil rises, again."\n1,,"He said ""no""."\n',
+    "two columns": 'Class Index,Description\n3,"Oil rises, again."\n1,"He said ""no""."\n'}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -28,7 +33,10 @@ def test_every_csv_layout_gives_the_same_classes_and_descriptions(layout, tmp_pa
     rows = news.read_csv(tmp_path / "a.csv")
     assert rows["class"].tolist() == [3, 1]
     assert rows.description.tolist() == ["Oil rises, again.", 'He said "no".']
-    assert rows.title.tolist() == (["", ""] if layout == "two" else ["A title", ""])
+    if layout == "two columns":
+        assert rows.title.tolist() == ["", ""]
+    else:
+        assert rows.title.tolist() == ["A title", ""]
 
 
 @pytest.mark.parametrize("content, expected", [
@@ -48,7 +56,7 @@ def test_ag_news_dir_is_the_only_place_looked_at(tmp_path, monkeypatch):
 def test_without_files_and_network_the_error_names_three_things_to_do(tmp_path, monkeypatch):
     monkeypatch.delenv("AG_NEWS_DIR", raising=False)
     monkeypatch.setattr(news, "HERE", tmp_path)
-    monkeypatch.setattr(news, "SOURCE", "http://127.0.0.1:9/")          # where nothing listens
+    monkeypatch.setattr(news, "SOURCE", "http://127.0.0.1:9/")          # no server listens there
     with pytest.raises(InputError, match=r"three things: set AG_NEWS_DIR .* put the two files .* connect to the net"):
         news.ag_news_folder()
     assert not list((tmp_path / "ag_news").iterdir())
@@ -71,12 +79,16 @@ def test_a_download_is_accepted_only_if_its_hash_is_right(tmp_path, monkeypatch)
     assert sorted(os.listdir(folder)) == ["test.csv", "train.csv"]
 
 
-def test_a_row_is_fresh_when_at_most_a_fifth_of_its_8_grams_were_seen():
-    known = ["a b c d e f g h i j k l"]                      # 5 8-grams
-    texts = ["A B C D E F G H x y z u",                      # 1 of 5 seen: a fifth, still fresh
-             "a b c d e f g h i x y z",                      # 2 of 5 seen
-             "a b c d e f g", "", "n o t h i n g s e e n"]
-    assert news.fresh_rows(known, texts).tolist() == [True, False, True, True, True]
+def test_a_row_is_fresh_if_at_most_a_fifth_of_its_8_grams_are_in_the_training_rows():
+    known = ["a b c d e f g h i j k l"]             # it has 5 8-grams
+    fresh_of_text = {
+        "A B C D E F G H x y z u": True,            # 1 of 5 is known: a fifth
+        "a b c d e f g h i x y z": False,           # 2 of 5 are known
+        "a b c d e f g": True,                      # it has no 8-gram
+        "": True,
+        "n o t h i n g k n o w n": True}
+    found = news.fresh_rows(known, list(fresh_of_text))
+    assert found.tolist() == list(fresh_of_text.values())
 
 
 def test_a_split_has_every_row_once_and_depends_on_the_seed_alone():
@@ -94,13 +106,24 @@ def test_a_split_has_every_row_once_and_depends_on_the_seed_alone():
     ("Iraq #39;s U.S. can't 1,000.5 A amp;M", ["iraq", "'s", "u.s.", "ca", "n't", "1,000.5", "a", "&", "m"]),
     ("&lt;b&gt;Up&lt;/b&gt; 4.5% -- \\", ["<b>", "up", "</b>", "4.5", "%", "--", "\\"]),
     ("third-quarter ... Zürich 東京", ["third", "-", "quarter", "...", "zürich", "東京"]),
+<<<<<<< HEAD
     ("", []), ("  \t\n", [])])
 def test_texts_become_the_tokens_written_here(text, tokens):
+=======
+    ("", []),
+    ("  \t\n", [])])
+def test_the_tokens_of_a_text_are_those_written_here(text, tokens):
+>>>>>>> main
     assert tokenize(text) == tokens
 
 
 def test_no_text_becomes_a_special_symbol():
+<<<<<<< HEAD
     data = encoded(["&lt;s&gt; a <pad> &amp;lt;/s&amp;gt; <unk> <s>"])
+=======
+    texts = ["&lt;s&gt; a <pad> &amp;lt;/s&amp;gt; <unk> <s>"] * 3
+    data = Data.of(texts, Config(min_count=1), np.arange(3), np.arange(0))
+>>>>>>> main
     assert data.words.words == ["<pad>", "<unk>", "<s>", "</s>", "a"]
     assert data.encoded.ids(0).tolist() == [1, 4, 1, 1, 1, 1]
 
@@ -123,12 +146,19 @@ def test_tokenizing_in_processes_and_from_the_cache_equals_the_plain_loop(tmp_pa
             assert [tokens.types[i] for i in tokens.ids[begin:end]] == row
     assert isinstance(tokens.ids, np.memmap)
     assert len(list(tmp_path.iterdir())) == 1
+<<<<<<< HEAD
     expected = collections.Counter()
     for row in plain[:100]:
         expected.update(row)
     counts = tokens.counts(np.arange(100))
     for word, count in zip(tokens.types, counts, strict=True):
         assert count == expected[word], word
+=======
+    counts = collections.Counter(itertools.chain.from_iterable(plain[:100]))
+    found = dict(zip(tokens.types, tokens.counts(np.arange(100)), strict=True))
+    present = {word: count for word, count in found.items() if count}
+    assert present == counts
+>>>>>>> main
 
 
 def test_other_texts_have_a_cache_of_their_own_and_a_damaged_one_is_named(tmp_path):
@@ -146,6 +176,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     (tmp_path / "a").write_text("old")
 
     def fail(file):
+        """Writes a part of the content; then the disk is full."""
         file.write(b"new")
         raise OSError(28, "No space left on device")
 
@@ -155,7 +186,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     assert os.listdir(tmp_path) == ["a"]
 
 
-def test_the_built_in_corpus_is_the_same_for_a_seed_and_its_first_rows_for_any_size():
+def test_the_built_in_corpus_is_the_same_for_a_seed_and_its_first_rows_do_not_depend_on_its_size():
     rows = list(sample.generate(2500, seed=3))
     assert rows[:100] == list(sample.generate(100, seed=3))
     assert rows != list(sample.generate(2500, seed=4))
@@ -171,6 +202,7 @@ def first_of(count: int) -> float:
 
 def test_the_probability_of_a_row_is_the_product_of_its_choices():
     text = "on monday the minister sued the bank over the military court ."         # every word the first of its list
+<<<<<<< HEAD
     choices = [
         0.25, first_of(5),              # "on", monday
         0.75, first_of(14),             # no adjective, minister
@@ -184,12 +216,27 @@ def test_the_probability_of_a_row_is_the_product_of_its_choices():
     by_class = [0.95 * 0.70, 0.015 * 0.05, 0.02 * 0.20, 0.015 * 0.05]               # of the subject and the modifier
     p = common * sum(by_class) / 4
     assert sample.nll_batch([text])[0] == pytest.approx(-math.log(p))
+=======
+
+    def first(count: int) -> float:
+        """The probability of the first of so many words: word k, from 0 on, has a share of 1 / (10 + k)."""
+        return (1 / 10) / sum(1 / (10 + k) for k in range(count))
+
+    common = 0.25 * first(5) * 0.75 * first(14) * first(12) * 0.75 * first(14) * 0.75 * first(6) * first(3)
+    common *= first(12) * first(10) * 0.6 * 0.9
+    by_class = [0.95 * 0.70, 0.015 * 0.05, 0.02 * 0.20, 0.015 * 0.05]
+    assert sample.nll_batch([text])[0] == pytest.approx(-math.log(common * sum(by_class) / 4))
+>>>>>>> main
     assert sample.posterior(text) == pytest.approx(np.array(by_class) / sum(by_class))
     bag = np.array([0.97 * 0.70, 0.03 * 0.05, 0.97 * 0.20, 0.03 * 0.05])            # "sued" shows the pair
     assert sample.bag_posterior(text) == pytest.approx(bag / bag.sum())
 
 
+<<<<<<< HEAD
 def test_the_order_of_words_tells_more_than_a_bag_of_words_in_the_built_in_corpus():
+=======
+def test_in_the_built_in_corpus_the_order_of_words_tells_more_than_the_words_without_their_order():
+>>>>>>> main
     rows = list(sample.generate(1500, seed=7))
     gold = np.array([label - 1 for label, _, _ in rows])
     order = np.array([sample.posterior(text).argmax() for _, _, text in rows])

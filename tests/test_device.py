@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
 from conftest import SENTENCES, encoded, tiny, trainer_of
@@ -52,13 +53,19 @@ def test_tensors_of_two_devices_do_not_meet_in_one_operation(mix):
         mix(torch.zeros(3, device="cuda"), torch.zeros(3))
 
 
+@pytest.mark.parametrize("make", [lambda x: x.numpy(), np.asarray])
+def test_numpy_takes_no_tensor_on_the_device(make):
+    with far_device(), pytest.raises(AssertionError, match="takes no cuda tensor"):
+        make(torch.zeros(3, device="cuda"))
+
+
 def test_a_number_on_the_cpu_may_meet_a_tensor_on_the_device():
     with far_device():
         assert (torch.zeros(3, device="cuda") + torch.tensor(1.0)).device == CUDA
 
 
 @pytest.mark.parametrize("read", [
-    lambda x: x[0].item(), lambda x: x.tolist(), lambda x: x.numpy(), lambda x: x.cpu(), lambda x: x.to("cpu"),
+    lambda x: x[0].item(), lambda x: x.tolist(), lambda x: x.cpu(), lambda x: x.to("cpu"),
     lambda x: x.nonzero(), lambda x: x[x > 0], lambda x: bool(x[0] > 0), lambda x: float(x[0]), lambda x: f"{x[0]:.3f}",
     lambda x: max(x[0], x[1]), lambda x: torch.unique(x), lambda x: torch.zeros(3).copy_(x),
     lambda x: torch.ones(3).to(x.device), lambda x: torch.tensor([1.0], device=x.device)])
@@ -173,6 +180,20 @@ def test_a_language_model_trained_on_the_device_embeds_as_one_trained_on_the_cpu
         vectors = ELMO.ELMo.train(texts, config, device="cuda").embed(SENTENCES)
     for found, expected in zip(vectors, ELMO.ELMo.train(texts, config, device="cpu").embed(SENTENCES), strict=True):
         assert torch.allclose(found, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("options", [{"setting": "all"}, {"finetune": True}])
+def test_heads_trained_on_the_device_have_the_probabilities_of_heads_trained_on_the_cpu(elmo, options):
+    near = heads("cpu", elmo, **options)
+    classification.train(near)
+    expected = near.probabilities(near.parts["validation"])
+    with far_device():
+        trainer = heads("cuda", elmo, **options)
+        classification.train(trainer)
+        found = trainer.probabilities(trainer.parts["validation"])
+    assert found.keys() == expected.keys()
+    for name, probabilities in found.items():
+        assert torch.allclose(probabilities, expected[name], atol=1e-4), name
 
 
 # ------------------------------------------------------------------------------------------------------------ runs

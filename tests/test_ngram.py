@@ -1,4 +1,4 @@
-"""The n-gram baselines against a second implementation with dictionaries, and against arithmetic on paper."""
+"""The n-gram models against a second implementation with dictionaries, and against arithmetic on paper."""
 import itertools
 import math
 from collections import Counter, defaultdict
@@ -16,7 +16,7 @@ def flat(rows):
 
 
 def random_rows(seed, count, vocabulary_size, longest=9):
-    """Rows from a Zipf-like source that also repeats itself, so that n-grams of every order recur; 1 is <unk>."""
+    """Rows with Zipf-like word frequencies. Some repeat earlier rows, so that long n-grams recur too; 1 is <unk>."""
     rng = np.random.default_rng(seed)
     words = np.array([1, *range(4, vocabulary_size)])
     weights = 1 / np.arange(1, len(words) + 1)
@@ -29,7 +29,7 @@ def random_rows(seed, count, vocabulary_size, longest=9):
 
 
 class Reference:
-    """Interpolated modified Kneser-Ney as its definition reads: tuples, sets and a recursion."""
+    """Interpolated modified Kneser-Ney written as its definition: tuples, sets and a recursion."""
 
     def __init__(self, rows, vocabulary_size, order):
         self.order = order
@@ -84,18 +84,19 @@ class Reference:
 @pytest.mark.parametrize("order", [1, 2, 4, 6])
 @pytest.mark.parametrize("v", [9, 60])
 @pytest.mark.parametrize("count", [1, 120])
-def test_rows_have_the_nll_of_a_reference_with_dictionaries(count, v, order):
+def test_rows_have_the_same_nll_as_a_reference_with_dictionaries(count, v, order):
     train = random_rows(1, count, v)
     test = [*random_rows(2, 20, v), []]
     reference = Reference(train, v, order)
     expected = [reference.nll(row) for row in test]
     np.testing.assert_allclose(KneserNey(*flat(train), v, order).nll(*flat(test)), expected, rtol=1e-10)
-    if (count, v, order) == (120, 60, 4):                   # estimated discounts as well as the fallback
+    if (count, v, order) == (120, 60, 4):                   # estimated discounts, not only the fallback
         assert sum(d != tuple(FALLBACK) for d in reference.discount.values()) >= 2
 
 
 def test_a_bigram_model_agrees_with_arithmetic_on_paper():
-    # rows a b, a: bigrams <s>a 2, ab 1, b</s> 1, a</s> 1; a stands after 1 symbol, b after 1, </s> after 2; S = 4
+    # rows "a b" and "a": bigram counts <s> a 2, a b 1, b </s> 1, a </s> 1
+    # number of distinct symbols before a: 1, before b: 1, before </s>: 2; S = 4
     end = (2 - 1.0) / 4 + (0.5 + 0.5 + 1.0) / 4 / 4
     word = (1 - 0.5) / 4 + (0.5 + 0.5 + 1.0) / 4 / 4
     first = (2 - 1.0) / 2 + 1.0 / 2 * word
@@ -106,7 +107,7 @@ def test_a_bigram_model_agrees_with_arithmetic_on_paper():
     assert nll == pytest.approx([-math.log(first) - math.log(second)])
 
 
-def test_discounts_follow_chen_and_goodman_and_fall_back_when_a_count_of_counts_is_zero():
+def test_discounts_follow_chen_and_goodman_and_fall_back_if_they_cannot_be_estimated():
     counts = np.repeat([0, 1, 2, 3, 4, 7], [50, 40, 12, 6, 3, 5])  # Y = 40 / 64
     expected = [0, 1 - 2 * 0.625 * 12 / 40, 2 - 3 * 0.625 * 6 / 12, 3 - 4 * 0.625 * 3 / 6]
     assert discounts(counts) == pytest.approx(expected)
@@ -114,7 +115,7 @@ def test_discounts_follow_chen_and_goodman_and_fall_back_when_a_count_of_counts_
     assert discounts(np.repeat([1, 2, 3, 4], [40, 1, 9, 9])) == pytest.approx(FALLBACK)  # D(2) would be negative
 
 
-def test_word_ids_up_to_hundreds_of_thousands_are_packed_without_collision():
+def test_word_ids_up_to_hundreds_of_thousands_get_distinct_keys():
     v = 800_000
     rows = random_rows(5, 200, 60)
     reference = Reference(rows, v, 4)
@@ -130,13 +131,13 @@ def test_rows_are_reversed_one_by_one():
     assert offsets.tolist() == [0, 3, 3, 4, 6]
 
 
-def test_unigram_nll_are_add_one_counts_with_the_end_symbol():
-    # four words and two ends were seen; S = 5 of the 7 ids can be predicted
+def test_the_unigram_model_has_add_one_counts_and_predicts_the_end_symbol():
+    # four words and two end symbols were counted; S = 5 of the 7 ids can be predicted
     nll = unigram_nll(*flat([[4, 4, 5], [1]]), 7, *flat([[4, 6], []]))
     assert nll == pytest.approx([-math.log(3 / 11 * 1 / 11 * 3 / 11), -math.log(3 / 11)])
 
 
-def test_perplexity_of_a_mask_is_that_of_its_rows():
+def test_perplexity_with_a_mask_is_that_of_the_rows_in_it():
     nll = np.array([6.0, 1.0, 4.0])
     offsets = np.array([0, 2, 2, 5])
     assert perplexity(nll, offsets) == pytest.approx(math.exp(11 / 8))
@@ -144,6 +145,6 @@ def test_perplexity_of_a_mask_is_that_of_its_rows():
 
 
 @pytest.mark.parametrize("word", [-1, 0, 2, 3, 9])
-def test_padding_boundaries_and_foreign_ids_in_a_row_are_refused(word):
+def test_padding_boundary_symbols_and_unknown_ids_in_a_row_are_refused(word):
     with pytest.raises(ValueError, match="words 4 to 8"):
         KneserNey(*flat([[4, word]]), 9)

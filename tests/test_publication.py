@@ -28,10 +28,10 @@ def same_run(name: str, out: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.parametrize("command, message", [
-    ("ELMO.py --rows 500", "pretraining.json is of a run with rows = 0, not 500"),
+    ("ELMO.py --rows 500", "pretraining.json is from a run with rows = 0, not 500"),
     ("ELMO.py --epochs 0.1", "with epochs = 3.0, not 0.1"),
     ("ELMO.py --rows 500 --resume", "with rows = 0, not 500"),
-    ("classification.py --seeds 1", "classification.json is of a run with seeds = 2, not 1"),
+    ("classification.py --seeds 1", "classification.json is from a run with seeds = 2, not 1"),
     ("classification.py --setting frozen", "with setting = all, not frozen"),
     ("classification.py --rows 100", "with rows = 0, not 100")])
 def test_a_trial_does_not_overwrite_the_files_of_another_run(builtin, out, command, message):
@@ -48,7 +48,7 @@ def test_a_run_on_other_data_does_not_overwrite_the_files(builtin, out, tmp_path
     (other / "test.csv").write_text(text.replace("bank", "court"))
     monkeypatch.setenv("AG_NEWS_DIR", str(other))
     sentence = refused(name, same_run(name, out), out)
-    assert "is of a run on other data; " + ADVICE in sentence
+    assert "is from a run on other data; " + ADVICE in sentence
 
 
 def test_heads_on_another_bilm_do_not_overwrite_the_files(builtin, out, tmp_path):
@@ -56,7 +56,7 @@ def test_heads_on_another_bilm_do_not_overwrite_the_files(builtin, out, tmp_path
     elmo.model.bias += 0.25
     elmo.save(tmp_path / "other.pt")
     argv = same_run("classification.py", out, "--bilstm", str(tmp_path / "other.pt"))
-    assert "is of a run on another biLM" in refused("classification.py", argv, out)
+    assert "is from a run on another biLM" in refused("classification.py", argv, out)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -101,14 +101,14 @@ def test_overwrite_with_resume_goes_on_from_a_state(builtin, out, monkeypatch, c
         assert ELMO.main([*argv, "--save-every", "0"]) == 130
     assert (out / "bilstm.resume.pt").exists()
     assert ELMO.main(argv) == 0
-    assert "\n8 of 36 steps are done" in capsys.readouterr().out
+    assert "\nstarting at step 8 of 36" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_model_without_its_numbers_is_not_overwritten(builtin, out, name):
     (out / JSON[name]).unlink()
     sentence = refused(name, same_run(name, out), out)
-    assert f"{FILES[name]} exists without {JSON[name]}" in sentence
+    assert f"{FILES[name]} exists, but not {JSON[name]}" in sentence
     assert ADVICE in sentence
 
 

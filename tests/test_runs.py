@@ -253,7 +253,7 @@ def test_a_resume_state_of_other_options_or_damaged_is_refused(builtin, tmp_path
     file.write_bytes(content)
     assert "does not match its digest" in refused("ELMO.py", argv, tmp_path)
     write_resume(file, trainer.identity(), {})
-    with pytest.raises(InputError, match="does not hold such a run"):
+    with pytest.raises(InputError, match="cannot be resumed"):
         Run(trainer, file, resume=True)
 
 
@@ -292,4 +292,4 @@ def test_the_command_line_wins_over_the_toml_file(tmp_path):
     argv = ["--config", str(tmp_path / "a.toml"), "--hidden", "9"]
     config, options = script_arguments(argv, ELMO.Config, "", "", tmp_path, {})
     assert (config.hidden, config.dropout, config.freeze_word2vec, config.width) == (9, 0.0, True, 9)
-    assert not options.resume
+    assert options.out == tmp_path

@@ -8,21 +8,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SENTENCES, arguments, changed, classifier, files, labelled, numbers, refused, tiny
+from pytest import approx
 
 import classification
 import ELMO
 from classification import SETTINGS, Classifier, Config, Head
 from data import sample
-from data.ag_news import read_ag_news, split
-from data.tasks import NLI_LABELS, ag_news_task, labelled_phrases, read_pairs, read_trees
-from run import metrics
+from data.ag_news import split
+from data.tasks import NLI_LABELS, EncodedTexts, Part, ag_news_task, labelled_phrases, read_pairs, read_trees
+from data.text import Data
 from run.checkpoint import read_published, write_published
 from run.files import InputError
 from run.metrics import (
     Scores,
     classification_metrics,
     classification_numbers,
-    full_softmax_nll,
     over_seeds,
     validation_numbers,
     word_confusion,
@@ -82,32 +82,47 @@ def test_pairs_are_read_by_tabs(tasks):
     assert part.labels.tolist() == [0, 1, 2] * 8
 
 
-def test_validation_rows_are_those_that_the_bilm_never_saw(builtin):
-    _, validation = split(300, 40, 7)               # of ELMO.py --rows 300 --validation 40 --seed 7
-    texts = read_ag_news("train").description.tolist()
+def test_the_first_texts_of_pairs_come_before_the_second_ones(elmo):
+    rows = [(0, ("oil", "the cat")), (1, ("goal !", "a b c")), (2, ("one two three four", "match"))]
+    part = EncodedTexts(Part.of(rows), elmo)
+    assert part.words.tolist() == [1, 2, 4, 2, 3, 1]
+    assert part.lengths.tolist() == [2, 3, 4]
+    sides, lengths = part.sides(np.array([2, 0]))
+    assert sides.tolist() == [2, 0, 5, 3]
+    assert lengths.tolist() == [4, 1, 1, 2]
+
+
+def test_validation_rows_are_those_that_the_bilm_never_saw(builtin, tmp_path):
+    data = Data.of_ag_news(ELMO.Config(rows=300, validation=40, seed=7), tmp_path)
+    texts, _ = data.texts
     task = ag_news_task("description", 40, 7, 300)
-    assert task.validation.texts == [(texts[i],) for i in validation]
+    assert task.validation.texts == [(texts[row],) for row in data.validation]
     assert len(task.train) == 560
     assert len(task.test) == 100
 
 
 @pytest.mark.parametrize("more, stem", [
-    (["--task", "sst2"], "sst2"),
-    (["--task", "sst5", "--no-phrases", "--adapt", "1"], "adapted_sst5"),
-    (["--task", "nli", "--validation", "6", "--finetune"], "nli_finetuned"),
-    (["--fields", "title+description", "--rows", "90"], "titled"),
-    (["--finetune", "--setting", "function", "--epochs", "0.2"], "finetuned")])
+    ("--task sst2", "sst2"),
+    ("--task sst5 --no-phrases --adapt 1", "adapted_sst5"),
+    ("--task nli --validation 6 --finetune", "nli_finetuned"),
+    ("--fields title+description --rows 90", "titled"),
+    ("--finetune --setting function --epochs 0.2", "finetuned")])
 def test_every_task_runs_from_its_files_to_predictions(builtin, tasks, whole, bilm, tmp_path, more, stem):
     out = tmp_path / "out"
-    argv = arguments("classification.py", out, whole / "bilstm.pt", "--setting", "all", *more)
+    argv = arguments("classification.py", out, whole / "bilstm.pt", "--setting", "all", *more.split())
     assert classification.main(argv) == 0
-    assert [name for name in files(out) if "figures/" not in name] == [f"{stem}.json", f"{stem}.pt"]
-    holds_bilm = "--finetune" in more or "--adapt" in more
-    clf = Classifier.load(out / f"{stem}.pt", None if holds_bilm else whole / "bilstm.pt")
-    text = ("the bank", "the court sued .") if clf.config.two_texts else "the bank sued ."
+    written = [name for name in files(out) if "figures/" not in name]
+    assert written == [f"{stem}.json", f"{stem}.pt"]
+    bilstm = whole / "bilstm.pt"
+    if "--finetune" in more or "--adapt" in more:
+        bilstm = None                           # the file has a biLM of its own
+    clf = Classifier.load(out / f"{stem}.pt", bilstm)
+    text = "the bank sued ."
+    if clf.config.two_texts:
+        text = ("the bank", "the court sued .")
     prediction, = clf.predict([text])
     assert prediction["label"] in clf.labels
-    assert sum(prediction["probabilities"].values()) == pytest.approx(1)
+    assert sum(prediction["probabilities"].values()) == approx(1)
     known = bilm.words.words
     assert clf.elmo.words.words[:len(known)] == known
     assert ("great" in clf.elmo.words.words) == (stem == "adapted_sst5"), "an adapted biLM knows the words of its task"
@@ -126,27 +141,63 @@ def test_the_numbers_in_the_json_are_those_of_the_classifier_in_the_file(whole, 
         p = clf.probabilities(texts)
         correct = p.argmax(dim=1) == gold
         found = result[part]["seeds"][best]
-        assert found["accuracy"] == pytest.approx(correct.double().mean().item())
+        assert found["accuracy"] == approx(correct.double().mean().item())
         nll = F.nll_loss(p.log(), gold).item()
-        assert found["nll"] == pytest.approx(nll, rel=1e-4)
+        assert found["nll"] == approx(nll, rel=1e-4)
     on_validation = [seed["accuracy"] for seed in result["validation"]["seeds"]]
     assert on_validation[best] == max(on_validation)
     predictions = np.array(list(result["predictions"]), dtype=int)
     _, labels = parts["test"]
-    assert np.mean(predictions == labels) == pytest.approx(result["test"]["ensemble"]["accuracy"])
+    assert np.mean(predictions == labels) == approx(result["test"]["ensemble"]["accuracy"])
     if setting != "function":
         s = clf.head.mix.w.softmax(dim=0)
-        assert s.tolist() == pytest.approx(result["s"][best])
+        assert s.tolist() == approx(result["s"][best])
 
 
-def test_the_frozen_weights_after_training_are_those_of_a_new_head_of_the_seed(whole):
+class Rehearsed(classification.Trainer):
+    """A trainer whose steps only set the averaged weights: every head finds one class more probable than the others.
+
+    It is class 0 for the first seed and class 1 for the second one. The second evaluation has the lowest loss, because
+    its probabilities are nearly equal, as are the frequencies of the classes.
+    """
+
+    def step(self, step: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        bias = 0.0625 if step // self.interval == 1 else 4.0
+        for name, modules in self.model.items():
+            out = modules["head"].out
+            out.weight.data.zero_()
+            out.bias.data.zero_()
+            out.bias.data[int(name[-1])] = bias
+        return torch.zeros(()), torch.zeros(()), 1
+
+
+def test_a_run_measures_and_saves_the_weights_of_the_best_evaluation_and_the_best_seed(
+        builtin, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(classification, "Trainer", Rehearsed)
+    monkeypatch.setattr("run.figures.classification", lambda *arguments: None)
+    assert classification.main(arguments("classification.py", tmp_path, whole / "bilstm.pt")) == 0
+    result = numbers("classification", tmp_path)["settings"]["trainable"]
+    _, rows = split(600, 60, 0)
+    _, gold = labelled(builtin / "train.csv", rows)
+    shares = np.bincount(gold) / 60
+    assert result["best"] == shares[:2].argmax()
+    probability = math.exp(0.0625) / (math.exp(0.0625) + 3)
+    for c, seed in enumerate(result["validation"]["seeds"]):
+        nll = -shares[c] * math.log(probability) - (1 - shares[c]) * math.log((1 - probability) / 3)
+        assert seed["accuracy"] == approx(shares[c])
+        assert seed["nll"] == approx(nll, rel=1e-3)
+    saved = torch.load(tmp_path / "classifier.pt", weights_only=True)
+    expected = [0.0] * 4
+    expected[result["best"]] = 0.0625
+    assert saved["weights"]["trainable.out.bias"].tolist() == expected
+
+
+def test_the_frozen_weights_are_those_that_the_seed_draws(whole):
     frozen = numbers("classification", whole)["settings"]["frozen"]
     assert frozen["gamma"] == [1, 1]
-    first, second = frozen["s"]
-    assert first != pytest.approx(second, abs=0.01)
-    for seed, s in enumerate((first, second)):
-        head = Head(Config(hidden=9), "frozen", 3, 10, 2).initialize(seed)      # of another size
-        assert s == pytest.approx(head.mix.w.softmax(dim=0).tolist())
+    for seed, s in enumerate(frozen["s"]):
+        head = Head(Config(hidden=6), "frozen", 3, 24, 4).initialize(seed)
+        assert s == approx(head.mix.w.softmax(dim=0).tolist())
 
 
 def test_a_prediction_is_the_largest_probability_and_depends_on_no_other_text(whole):
@@ -180,14 +231,16 @@ def test_the_setting_is_the_one_that_is_named_or_the_best_on_validation_rows(who
 
 def test_a_classifier_refuses_another_bilm(whole, tmp_path):
     ELMO.ELMo.train(SENTENCES * 3, tiny(epochs=0.1)).save(tmp_path / "other.pt")
-    with pytest.raises(InputError, match="trained on another biLM"):
+    with pytest.raises(InputError, match="was not trained on"):
         Classifier.load(whole / "classifier.pt", tmp_path / "other.pt")
     with pytest.raises(InputError, match="needs the biLM"):
         Classifier.load(whole / "classifier.pt")
 
 
 @pytest.mark.parametrize("texts, message", [
-    (["a", " \n"], "text 1 has no words"), ("text", "one string"), ([3], "text 0 is of type int")])
+    (["a", " \n"], "text 1 has no words"),
+    ("text", "one string"),
+    ([3], "text 0 is of type int")])
 def test_a_text_that_cannot_be_classified_is_named(whole, texts, message):
     with pytest.raises(InputError, match=message):
         classifier(whole).predict(texts)
@@ -229,98 +282,7 @@ def test_the_order_of_words_counts_on_the_built_in_corpus(grammar, tmp_path, mon
     assert 0.25 < np.mean(predicted == gold) < bag
 
 
-# ------------------------------------------------------------------------------------- metrics of language models
-def test_ranks_count_the_words_with_a_higher_logit_and_never_padding():
-    logits = torch.tensor([90, 2, 5, 4, 4, 1, 3])               # of the words 0 to 6; word 0 is <pad>
-    gold = torch.tensor([2, 3, 4, 6, 1, 5])
-    table = logits[:, None].float()
-    states = torch.ones(6, 1)
-    nll, found, best, rank = full_softmax_nll(states, gold, table, torch.zeros(7, 1), details=True)
-    assert found.tolist() == gold.tolist()
-    assert best.tolist() == [2] * 6
-    assert rank.tolist() == [0, 1, 1, 3, 4, 5]                  # words 3 and 4 are equal: neither is before the other
-    log_z = math.log(math.exp(2) + math.exp(5) + 2 * math.exp(4) + math.exp(1) + math.exp(3))
-    expected = [log_z - logit for logit in (5, 4, 4, 3, 2, 1)]
-    assert nll.tolist() == pytest.approx(expected)
-
-
-def test_a_word_is_in_the_top_5_if_at_most_four_words_are_before_it():
-    gold = np.array([7, 7, 8, 8, 9])
-    best = np.array([7, 8, 7, 8, 6])
-    found = word_metrics(gold, best, rank=np.array([0, 4, 5, 0, 6]))
-    assert found["accuracy"] == pytest.approx(2 / 5)
-    assert found["top5_accuracy"] == pytest.approx(3 / 5)
-    # word 7: 1 of 2 predicted and 1 of 2 gold ones; word 8 the same; word 9 is never predicted
-    for name in ("macro_precision", "macro_recall", "macro_f1"):
-        assert found[name] == pytest.approx(1 / 3), name
-    assert word_metrics(gold[:0], best[:0], best[:0]) == {}
-
-
-def tokens(*columns: list) -> tuple[np.ndarray, ...]:
-    """Predicted tokens of a batch: their rows, nll, gold words, best words and ranks."""
-    return tuple(np.array(column) for column in columns)
-
-
-def scores_of_three_rows() -> Scores:
-    """Scores of the rows 7, 2 and 5 with 2, 1 and 2 tokens, which two batches have scored in another order."""
-    first_forward = tokens(
-        [5, 2, 5],              # rows
-        [1.0, 4.0, 2.0],        # nll
-        [3, 2, 3],              # gold words
-        [3, 4, 4],              # best words
-        [0, 5, 1])              # ranks
-    first_backward = tokens(
-        [2, 5, 5],
-        [3.0, 1.0, 1.0],
-        [2, 3, 3],
-        [2, 3, 3],
-        [0, 0, 0])
-    second_forward = tokens(
-        [7, 7],
-        [0.5, 0.5],
-        [4, 4],
-        [4, 4],
-        [0, 0])
-    second_backward = tokens(
-        [7, 7],
-        [0.0, 2.0],
-        [4, 4],
-        [4, 2],
-        [0, 6])
-    batches = [(first_forward, first_backward), (second_forward, second_backward)]
-    return Scores.of(np.array([7, 2, 5]), np.array([2, 1, 2]), batches)
-
-
-def test_scores_are_summed_by_row_whatever_the_order_of_batches():
-    scores = scores_of_three_rows()
-    assert scores.nll.tolist() == [[1, 4, 3], [2, 3, 2]]
-    forward, backward = scores.totals().values()
-    assert forward == pytest.approx({"nll": 8, "tokens": 5, "perplexity": math.exp(8 / 5)})
-    assert backward == pytest.approx({"nll": 7, "tokens": 5, "perplexity": math.exp(7 / 5)})
-
-
-def test_the_metrics_of_chosen_rows_are_those_of_their_words():
-    found = scores_of_three_rows().metrics(np.array([False, True, True]))       # the rows 2 and 5
-    assert found["rows"] == 2
-    assert found["tokens"] == 3
-    forward = found["forward"]
-    assert forward["nll"] == pytest.approx(7 / 3)
-    assert forward["perplexity"] == pytest.approx(math.exp(7 / 3))
-    assert forward["bits_per_token"] == pytest.approx(7 / 3 / 0.693147)         # ln 2
-    assert forward["accuracy"] == pytest.approx(1 / 3)
-    assert forward["top5_accuracy"] == pytest.approx(2 / 3)
-    assert found["backward"]["accuracy"] == 1
-
-
-def test_the_confusion_of_words_has_the_most_frequent_ones_first_and_the_others_as_one(monkeypatch):
-    monkeypatch.setattr(metrics, "FREQUENT_WORDS", 2)
-    gold = np.array([1, 2, 2, 2, 3, 3, 4])
-    best = np.array([2, 2, 3, 1, 3, 2, 4])
-    found = word_confusion(gold, best, ["<pad>", "a", "b", "c", "d"])
-    assert found == {"words": ["b", "c", "(other)"], "counts": [[1, 1, 1], [1, 1, 0], [1, 0, 1]]}
-
-
-# --------------------------------------------------------------------------------------------- metrics of classifiers
+# ---------------------------------------------------------------------------------------------- metrics
 def test_metrics_are_those_of_a_matrix_worked_out_on_paper():
     p = np.array([[0.5, 0.3, 0.2],
                   [0.8, 0.1, 0.1],
@@ -333,16 +295,85 @@ def test_metrics_are_those_of_a_matrix_worked_out_on_paper():
     assert found["confusion"] == [[2, 1, 0], [1, 1, 0], [0, 1, 0]]
     assert found["accuracy"] == 3 / 6
     a, b, c = found["classes"].values()
-    assert list(a.values()) == pytest.approx([2 / 3, 2 / 3, 2 / 3, 3])      # precision, recall, f1, rows
-    assert list(b.values()) == pytest.approx([1 / 3, 1 / 2, 2 / 5, 2])
+    assert list(a.values()) == approx([2 / 3, 2 / 3, 2 / 3, 3])      # precision, recall, f1, rows
+    assert list(b.values()) == approx([1 / 3, 1 / 2, 2 / 5, 2])
     assert list(c.values()) == [0, 0, 0, 1]
-    assert found["macro_precision"] == pytest.approx(1 / 3)
-    assert found["macro_recall"] == pytest.approx(7 / 18)
-    assert found["macro_f1"] == pytest.approx((2 / 3 + 2 / 5) / 3)
+    assert found["macro_precision"] == approx(1 / 3)
+    assert found["macro_recall"] == approx(7 / 18)
+    assert found["macro_f1"] == approx((2 / 3 + 2 / 5) / 3)
     product = 0.5 * 0.8**2 * 0.1**3             # of the probabilities of the gold classes
-    assert found["nll"] == pytest.approx(-math.log(product) / 6)
+    assert found["nll"] == approx(-math.log(product) / 6)
     gap = 5 * 0.8 - 2                           # of a bin with 5 rows, of which 2 are right
-    assert found["calibration_error"] == pytest.approx((0.5 + gap) / 6)
+    assert found["calibration_error"] == approx((0.5 + gap) / 6)
+
+
+def test_metrics_of_words_are_those_worked_out_on_paper():
+    gold = np.array([4, 4, 4, 5, 6])
+    best = np.array([4, 4, 7, 5, 5])
+    rank = np.array([0, 0, 5, 0, 4])            # rank 4 is the fifth place
+    found = word_metrics(gold, best, rank)
+    assert found == approx({
+        "accuracy": 3 / 5,
+        "top5_accuracy": 4 / 5,
+        "macro_precision": 1 / 2,               # of words 4, 5 and 6: 2/2, 1/2 and 0
+        "macro_recall": 5 / 9,                  # 2/3, 1/1 and 0
+        "macro_f1": 22 / 45})                   # 4/5, 2/3 and 0
+    nothing = gold[:0]
+    assert word_metrics(nothing, nothing, nothing) == {}
+
+
+def test_metrics_of_rows_are_sums_over_their_tokens():
+    row = np.array([7, 2, 7])                   # of each predicted token; the rows were asked for as 7, 2
+    gold = np.array([4, 4, 5])
+    best = np.array([4, 5, 5])
+    rank = np.array([0, 9, 0])
+    forward = (row, np.array([1.0, 4.0, 2.0]), gold, best, rank)
+    backward = (row, np.array([0.5, 1.0, 0.5]), gold, best, rank)
+    batch = [forward, backward]
+    rows = np.array([7, 2])
+    tokens = np.array([2, 1])
+    scores = Scores.of(rows, tokens, [batch])
+    assert scores.nll.tolist() == [[3.0, 4.0], [1.0, 1.0]]
+    assert scores.perplexity() == approx([10.31226, 1.947734])                  # e to the power of 7/3 and of 2/3
+    every = scores.metrics()
+    assert every["rows"] == 2
+    assert every["tokens"] == 3
+    assert every["backward"]["nll"] == approx(2 / 3)
+    assert every["forward"]["accuracy"] == approx(2 / 3)
+    first = scores.metrics(np.array([True, False]))
+    assert first["rows"] == 1
+    assert first["tokens"] == 2
+    assert first["forward"]["nll"] == 1.5
+    assert first["forward"]["perplexity"] == approx(4.481689)                   # e to the power of 1.5
+    assert first["forward"]["bits_per_token"] == approx(2.164043)               # 1.5 / 0.693147
+    assert first["forward"]["accuracy"] == 1
+    totals = scores.totals()
+    assert totals["forward"] == approx({"nll": 7, "tokens": 3, "perplexity": 10.31226})
+
+
+def test_metrics_of_frequent_words_have_a_row_for_each_gold_word_and_one_for_all_others():
+    words = ["<pad>", "<unk>", "<s>", "</s>", "bank", "court", "judge"]
+    gold = np.array([4, 5, 5, 5])
+    best = np.array([5, 5, 6, 6])
+    found = word_confusion(gold, best, words)
+    assert found["words"] == ["court", "bank", "(other)"]       # the most frequent gold word comes first
+    assert found["counts"] == [[1, 0, 2], [1, 0, 0], [0, 0, 0]]
+
+
+def test_metrics_of_a_setting_choose_the_best_seed_by_validation_rows_and_predict_by_the_mean_of_the_seeds():
+    right = torch.tensor([[0.9, 0.1], [0.2, 0.8]])
+    unsure = torch.tensor([[0.6, 0.4], [0.6, 0.4]])
+    just_right = torch.tensor([[0.49, 0.51], [0.51, 0.49]])         # of the test rows, whose classes are 1 and 0
+    always_first = torch.tensor([[0.9, 0.1], [0.9, 0.1]])
+    p = {"train": {"frozen-0": right, "frozen-1": right},
+         "validation": {"frozen-0": unsure, "frozen-1": right},
+         "test": {"frozen-0": just_right, "frozen-1": always_first}}
+    gold = {"train": np.array([0, 1]), "validation": np.array([0, 1]), "test": np.array([1, 0])}
+    found = classification_numbers(p, gold, ["frozen-0", "frozen-1"], ["a", "b"], None)
+    assert [seed["accuracy"] for seed in found["test"]["seeds"]] == [1.0, 0.5]
+    assert [seed["accuracy"] for seed in found["validation"]["seeds"]] == [0.5, 1.0]
+    assert found["best"] == 1
+    assert found["predictions"] == "00"
 
 
 def test_metrics_over_seeds_have_means_and_an_ensemble_of_mean_probabilities():
@@ -356,38 +387,8 @@ def test_metrics_over_seeds_have_means_and_an_ensemble_of_mean_probabilities():
     assert found["accuracy"] == {"mean": 0.5, "std": 0.0}
     assert found["ensemble"]["accuracy"] == 1.0
     assert found["fresh"]["rows"] == 1
-    assert found["fresh"]["accuracy"] == pytest.approx({"mean": 0.5, "std": math.sqrt(0.5)})
+    assert found["fresh"]["accuracy"] == approx({"mean": 0.5, "std": math.sqrt(0.5)})
     heads = {"frozen-0": torch.tensor(one), "frozen-1": torch.tensor(other)}
     loss, numbers = validation_numbers(heads, torch.tensor(gold), ["frozen"])
-    assert loss == pytest.approx(-math.log(0.9 * 0.4 * 0.4 * 0.9) / 4)
+    assert loss == approx(-math.log(0.9 * 0.4 * 0.4 * 0.9) / 4)
     assert numbers["frozen"]["accuracy"] == [0.5, 0.5]
-
-
-def test_the_best_seed_is_chosen_on_validation_rows_and_predictions_are_those_of_the_ensemble():
-    first = torch.tensor([
-        [0.9, 0.1],
-        [0.6, 0.4],
-        [0.2, 0.8]])
-    second = torch.tensor([
-        [0.4, 0.6],
-        [0.3, 0.7],
-        [0.4, 0.6]])
-    heads = {"frozen-0": first, "frozen-1": second}
-    p = {"train": heads, "validation": heads, "test": heads}
-    gold = {"train": np.array([0, 0, 1]), "validation": np.array([1, 1, 1]), "test": np.array([0, 0, 1])}
-    found = classification_numbers(p, gold, ["frozen-0", "frozen-1"], ["a", "b"], np.array([True, False, False]))
-    assert found["best"] == 1                               # although the first one is better on test rows
-    assert found["predictions"] == "011"                    # mean probabilities of "a": 0.65, 0.45 and 0.3
-    assert found["test"]["fresh"]["accuracy"]["mean"] == pytest.approx(1 / 2)
-    assert "fresh" not in found["validation"]
-
-
-def test_the_calibration_error_weighs_the_gap_of_each_bin_by_its_rows():
-    gold = np.array([0, 0, 0, 1])
-    p = np.array([
-        [0.99, 0.01],                   # two rows in the last bin, both right: a gap of 0.01 + 0.03
-        [0.97, 0.03],
-        [0.65, 0.35],                   # two rows of another bin, one right: a gap of 0.65 + 0.64 - 1
-        [0.64, 0.36]])
-    found = classification_metrics(p, gold, ["a", "b"])
-    assert found["calibration_error"] == pytest.approx((0.04 + 0.29) / 4)
