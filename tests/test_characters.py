@@ -3,17 +3,11 @@ import math
 
 import pytest
 import torch
-<<<<<<< HEAD
-from torch.testing import assert_close
-
-from data.characters import CharacterCNN, character_codes
-=======
 from conftest import SENTENCES, tiny
 from torch.testing import assert_close
 
 from data.characters import CharacterCNN, character_codes
 from ELMO import ELMo
->>>>>>> main
 
 LONGEST_PART = 24       # bytes of a word that the network reads
 LENGTH = 26             # codes of a word: its bytes, a begin and an end
@@ -127,8 +121,6 @@ def test_vectors_of_words_equal_those_of_plain_loops():
     assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-<<<<<<< HEAD
-=======
 def test_layer_0_of_a_text_has_the_vectors_of_the_characters_of_its_words():
     elmo = ELMo.train(SENTENCES, tiny(representation="char", epochs=1.0))
     words = ["zebra", "oil", "the"]
@@ -139,7 +131,6 @@ def test_layer_0_of_a_text_has_the_vectors_of_the_characters_of_its_words():
         assert_close(direction[3], expected[1], rtol=1e-4, atol=1e-5)
 
 
->>>>>>> main
 def test_the_padding_of_a_word_is_zeros_and_stays_zeros():
     network = CharacterCNN(5)
     network(torch.from_numpy(character_codes(["oil"]))).sum().backward()

@@ -9,32 +9,13 @@ import ELMO
 from data import corpus, sample, text
 
 
-def test_plain_text_is_every_line_of_the_txt_and_gz_files_of_a_folder_in_the_order_of_their_names(tmp_path):
+def test_plain_text_is_every_line_of_a_folders_txt_and_gz_files_in_the_order_of_their_names(tmp_path):
     (tmp_path / "b.txt").write_bytes("\ufeffone two\r\n\n  \nthree\n".encode())
     (tmp_path / "a").mkdir()
     with gzip.open(tmp_path / "a" / "x.gz", "wt") as file:
         file.write("zero\nlast without an end")
     (tmp_path / "c.csv").write_text("not read")
     lines = corpus.Lines(tmp_path)
-<<<<<<< HEAD
-    for _ in range(2):          # it can be read more than once
-        assert list(lines) == ["zero", "last without an end", "one two", "three"]
-    assert list(corpus.Lines(tmp_path / "c.csv")) == ["not read"]
-
-
-def test_a_very_long_line_is_cut_between_words_or_characters(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "LETTERS", 50)
-    words = [f"wörd{i}" for i in range(100)]
-    between = {" ".join(words): " ", "東京" * 60: "", "é" * 200: ""}        # what the cut takes away
-    for content, joint in between.items():
-        (tmp_path / "a.txt").write_text(content + "\nnext\n", encoding="utf-8")
-        *pieces, last = corpus.Lines(tmp_path / "a.txt")
-        assert last == "next"
-        assert len(pieces) > 3
-        longest = max(len(piece.encode()) for piece in pieces)
-        assert longest <= 50
-        assert joint.join(pieces) == content
-=======
     expected = ["zero", "last without an end", "one two", "three"]
     assert list(lines) == expected
     assert list(lines) == expected, "they can be read again"
@@ -54,12 +35,10 @@ def test_a_very_long_line_is_cut_between_words_or_if_there_are_none_between_char
     assert len(pieces) > 3
     assert max(len(piece.encode()) for piece in pieces) <= 50
     assert joint.join(pieces) == content
->>>>>>> main
 
 
 def test_a_long_row_becomes_several_of_the_same_tokens():
-    ids = np.zeros(9, dtype=np.int32)
-    tokens = corpus.Tokens(["a"], ids, np.array([0, 5, 5, 7, 9]))
+    tokens = corpus.Tokens(["a"], np.zeros(9, dtype=np.int32), np.array([0, 5, 5, 7, 9]))
     short, row = tokens.cut(2)
     assert short.offsets.tolist() == [0, 2, 4, 5, 5, 7, 9]
     assert row.tolist() == [0, 0, 0, 1, 2, 3]
@@ -71,27 +50,15 @@ def test_a_long_row_becomes_several_of_the_same_tokens():
 PACKED = gzip.compress(b"words and words\n" * 99)
 
 
-PACKED = gzip.compress(b"words and words\n" * 99)
-
-
 @pytest.mark.parametrize("name, content, message", [
     ("a.txt", b"good\nb\xe9d\n", "a.txt, line 2: is not UTF-8"),
     ("a.txt", b"\x80" * 120, "a.txt, line 1: is not UTF-8"),
-<<<<<<< HEAD
-    ("a.gz", b"no gzip", "a.gz cannot be read"),
-    ("a.gz", PACKED[:-20], "a.gz cannot be read"),
-    ("a.gz", PACKED[:-4] + b"1234", "a.gz cannot be read"),
-    ("a.csv", b"a,b\n", "no folder with .txt"),
-    ("a.txt", b"", "has 0 lines"),
-    ("a.txt", b"one\ntwo\n", "has 2 lines")])
-=======
     ("a.txt", b"", "has 0 lines"),
     ("a.txt", b"one\ntwo\n", "has 2 lines"),
     ("a.csv", b"a,b\n", "no folder with .txt"),
     ("a.gz", b"no gzip", "a.gz cannot be read"),
     ("a.gz", PACKED[:-20], "a.gz cannot be read"),
     ("a.gz", PACKED[:-4] + b"1234", "a.gz cannot be read")])
->>>>>>> main
 def test_a_wrong_corpus_is_named_in_one_sentence(tmp_path, capsys, monkeypatch, name, content, message):
     monkeypatch.setattr(ELMO, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(corpus, "LETTERS", 50)
@@ -111,13 +78,8 @@ def test_the_script_trains_on_plain_text_and_separates_validation_and_test_rows(
     (tmp_path / "a.txt").write_text("\n".join(texts[:300]), encoding="utf-8")
     with gzip.open(tmp_path / "b.gz", "wt") as file:
         file.write("\n".join(texts[300:]))
-<<<<<<< HEAD
-    out = tmp_path / "out"
-    options = "--hidden 12 --validation 40 --min-count 1 --batch-tokens 300 --epochs 1".split()
-=======
     options = "--hidden 12 --validation 40 --min-count 1 --batch-tokens 300 --epochs 1".split()
     out = tmp_path / "out"
->>>>>>> main
     assert ELMO.main(["--corpus", str(tmp_path), "--out", str(out), *options]) == 0
     result = json.loads((out / "pretraining.json").read_text())
     rows = {name: part["rows"] for name, part in result["splits"].items()}
@@ -126,47 +88,26 @@ def test_the_script_trains_on_plain_text_and_separates_validation_and_test_rows(
     data = text.Data.of_plain_text(str(tmp_path), config, tmp_path / "cache")
     _, test_rows = data.test
     assert sorted([*data.train, *data.validation, *test_rows]) == list(range(500))
-<<<<<<< HEAD
-    found = ELMO.ELMo.load(out / "bilstm.pt").score([texts[row] for row in test_rows])
-=======
     elmo = ELMO.ELMo.load(out / "bilstm.pt")
     found = elmo.score([texts[row] for row in test_rows])
->>>>>>> main
     expected = result["splits"]["test"]["forward"]["perplexity"]
     assert found["forward"]["perplexity"] == pytest.approx(expected, rel=1e-4)
 
 
-<<<<<<< HEAD
-def test_all_pieces_of_a_long_line_are_rows_of_the_same_part(tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "LONGEST", 3)
-    lines = [f"line{i} " * (1 + i % 8) for i in range(60)]              # each line has a word of its own
-=======
 def test_all_rows_of_a_long_line_are_for_training_or_all_for_validation_or_all_for_the_test(tmp_path, monkeypatch):
     monkeypatch.setattr(text, "LONGEST", 3)                     # tokens of a row
     lines = [f"line{i} " * (1 + i % 8) for i in range(60)]      # each has a word of its own, up to 8 times
->>>>>>> main
     (tmp_path / "a.txt").write_text("\n".join(lines))
     config = ELMO.Config(validation=10, min_count=1)
     data = text.Data.of_plain_text(str(tmp_path / "a.txt"), config, tmp_path / "cache")
     _, test_rows = data.test
     words = []
-<<<<<<< HEAD
-    rows = 0
-    for part, count in ((data.train, 40), (data.validation, 10), (test_rows, 10)):
-        of_part = np.flatnonzero(data.encoded.tokens.counts(part))
-        assert len(of_part) == count
-        words += of_part.tolist()
-        rows += len(part)
-    assert sorted(words) == list(range(60)), "a word is in two parts"
-    assert rows == len(data.encoded.tokens) > 60
-=======
     for rows in (data.train, data.validation, test_rows):
         words.append(np.flatnonzero(data.encoded.tokens.counts(rows)))
     assert [len(part) for part in words] == [40, 10, 10]
     assert len(np.unique(np.concatenate(words))) == 60
     # lines of 1 to 8 words become 1, 1, 1, 2, 2, 2, 3 and 3 rows; 60 lines are 7 times all of these and 4 lines more
     assert len(data.train) + len(data.validation) + len(test_rows) == 7 * 15 + 5
->>>>>>> main
     assert data.encoded.lengths.max() == 3
 
 

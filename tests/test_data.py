@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""Rows, tokens, batches and the built-in corpus: values are written by hand or counted in a second, slow way."""
-=======
 """Rows, tokens and the built-in corpus: expected values are written by hand or counted in a second, slow way."""
->>>>>>> main
 import collections
 import hashlib
 import itertools
@@ -11,13 +7,11 @@ import os
 
 import numpy as np
 import pytest
-from conftest import encoded
 
 from data import ag_news as news
 from data import sample
-from data.batches import batches, collate
 from data.corpus import tokenize_corpus
-from data.text import BOS, EOS, PAD, SPECIAL, UNK, Data, tokenize, tokenize_texts
+from data.text import Data, tokenize, tokenize_texts
 from ELMO import Config
 from run.files import InputError, write_atomically
 
@@ -53,7 +47,7 @@ def test_ag_news_dir_is_the_only_place_looked_at(tmp_path, monkeypatch):
         news.read_ag_news("train")
 
 
-def test_without_files_and_network_the_error_names_three_things_to_do(tmp_path, monkeypatch):
+def test_offline_with_nothing_found_names_three_things_to_do(tmp_path, monkeypatch):
     monkeypatch.delenv("AG_NEWS_DIR", raising=False)
     monkeypatch.setattr(news, "HERE", tmp_path)
     monkeypatch.setattr(news, "SOURCE", "http://127.0.0.1:9/")          # no server listens there
@@ -106,26 +100,17 @@ def test_a_split_has_every_row_once_and_depends_on_the_seed_alone():
     ("Iraq #39;s U.S. can't 1,000.5 A amp;M", ["iraq", "'s", "u.s.", "ca", "n't", "1,000.5", "a", "&", "m"]),
     ("&lt;b&gt;Up&lt;/b&gt; 4.5% -- \\", ["<b>", "up", "</b>", "4.5", "%", "--", "\\"]),
     ("third-quarter ... Zürich 東京", ["third", "-", "quarter", "...", "zürich", "東京"]),
-<<<<<<< HEAD
-    ("", []), ("  \t\n", [])])
-def test_texts_become_the_tokens_written_here(text, tokens):
-=======
     ("", []),
     ("  \t\n", [])])
 def test_the_tokens_of_a_text_are_those_written_here(text, tokens):
->>>>>>> main
     assert tokenize(text) == tokens
 
 
 def test_no_text_becomes_a_special_symbol():
-<<<<<<< HEAD
-    data = encoded(["&lt;s&gt; a <pad> &amp;lt;/s&amp;gt; <unk> <s>"])
-=======
     texts = ["&lt;s&gt; a <pad> &amp;lt;/s&amp;gt; <unk> <s>"] * 3
     data = Data.of(texts, Config(min_count=1), np.arange(3), np.arange(0))
->>>>>>> main
     assert data.words.words == ["<pad>", "<unk>", "<s>", "</s>", "a"]
-    assert data.encoded.ids(0).tolist() == [1, 4, 1, 1, 1, 1]
+    assert data.encoded.lookup[data.encoded.tokens.ids].tolist() == [1, 4, 1, 1, 1, 1] * 3
 
 
 def test_the_vocabulary_comes_from_training_rows_alone():
@@ -142,23 +127,15 @@ def test_tokenizing_in_processes_and_from_the_cache_equals_the_plain_loop(tmp_pa
     plain = [tokenize(text) for text in texts]
     for _ in range(2):
         tokens = tokenize_texts(texts, tmp_path)
-        for row, (begin, end) in zip(plain, itertools.pairwise(tokens.offsets), strict=True):
-            assert [tokens.types[i] for i in tokens.ids[begin:end]] == row
+        words = np.array(tokens.types, dtype=object)[tokens.ids]
+        rows = [words[begin:end].tolist() for begin, end in itertools.pairwise(tokens.offsets)]
+        assert rows == plain
     assert isinstance(tokens.ids, np.memmap)
     assert len(list(tmp_path.iterdir())) == 1
-<<<<<<< HEAD
-    expected = collections.Counter()
-    for row in plain[:100]:
-        expected.update(row)
-    counts = tokens.counts(np.arange(100))
-    for word, count in zip(tokens.types, counts, strict=True):
-        assert count == expected[word], word
-=======
     counts = collections.Counter(itertools.chain.from_iterable(plain[:100]))
     found = dict(zip(tokens.types, tokens.counts(np.arange(100)), strict=True))
     present = {word: count for word, count in found.items() if count}
     assert present == counts
->>>>>>> main
 
 
 def test_other_texts_have_a_cache_of_their_own_and_a_damaged_one_is_named(tmp_path):
@@ -191,32 +168,11 @@ def test_the_built_in_corpus_is_the_same_for_a_seed_and_its_first_rows_do_not_de
     assert rows[:100] == list(sample.generate(100, seed=3))
     assert rows != list(sample.generate(2500, seed=4))
     assert {row[0] for row in rows} == {1, 2, 3, 4}
-    for _, _, text in rows[:300]:
-        assert tokenize(text) == text.split()
-
-
-def first_of(count: int) -> float:
-    """The probability of the first word of a list: word k, from 0 on, has the weight 1 / (10 + k)."""
-    return 0.1 / sum(1 / (10 + k) for k in range(count))
+    assert all(tokenize(text) == text.split() for _, _, text in rows[:300])
 
 
 def test_the_probability_of_a_row_is_the_product_of_its_choices():
     text = "on monday the minister sued the bank over the military court ."         # every word the first of its list
-<<<<<<< HEAD
-    choices = [
-        0.25, first_of(5),              # "on", monday
-        0.75, first_of(14),             # no adjective, minister
-        first_of(12),                   # sued
-        0.75, first_of(14),             # no adjective, bank
-        0.75, first_of(6),              # a preposition, over
-        first_of(3),                    # the
-        first_of(12), first_of(10),     # military, court
-        0.6, 0.9]                       # ".", the end
-    common = math.prod(choices)
-    by_class = [0.95 * 0.70, 0.015 * 0.05, 0.02 * 0.20, 0.015 * 0.05]               # of the subject and the modifier
-    p = common * sum(by_class) / 4
-    assert sample.nll_batch([text])[0] == pytest.approx(-math.log(p))
-=======
 
     def first(count: int) -> float:
         """The probability of the first of so many words: word k, from 0 on, has a share of 1 / (10 + k)."""
@@ -226,26 +182,20 @@ def test_the_probability_of_a_row_is_the_product_of_its_choices():
     common *= first(12) * first(10) * 0.6 * 0.9
     by_class = [0.95 * 0.70, 0.015 * 0.05, 0.02 * 0.20, 0.015 * 0.05]
     assert sample.nll_batch([text])[0] == pytest.approx(-math.log(common * sum(by_class) / 4))
->>>>>>> main
     assert sample.posterior(text) == pytest.approx(np.array(by_class) / sum(by_class))
     bag = np.array([0.97 * 0.70, 0.03 * 0.05, 0.97 * 0.20, 0.03 * 0.05])            # "sued" shows the pair
     assert sample.bag_posterior(text) == pytest.approx(bag / bag.sum())
 
 
-<<<<<<< HEAD
-def test_the_order_of_words_tells_more_than_a_bag_of_words_in_the_built_in_corpus():
-=======
 def test_in_the_built_in_corpus_the_order_of_words_tells_more_than_the_words_without_their_order():
->>>>>>> main
     rows = list(sample.generate(1500, seed=7))
     gold = np.array([label - 1 for label, _, _ in rows])
     order = np.array([sample.posterior(text).argmax() for _, _, text in rows])
     bag = np.array([sample.bag_posterior(text).argmax() for _, _, text in rows])
     assert 0.94 < (order == gold).mean() < 0.98
     assert 0.70 < (bag == gold).mean() < 0.79
-    _, _, text = rows[0]
-    words = np.random.default_rng(0).permutation(text.split())
-    assert sample.bag_posterior(" ".join(words)) == pytest.approx(sample.bag_posterior(text))
+    shuffled = " ".join(np.random.default_rng(0).permutation(rows[0][2].split()))
+    assert np.allclose(sample.bag_posterior(shuffled), sample.bag_posterior(rows[0][2]))
 
 
 def test_at_most_2_percent_of_the_real_test_tokens_are_unknown(ag_news, tmp_path):
@@ -257,57 +207,3 @@ def test_odd_texts_reach_the_worker_processes_as_they_are(tmp_path):
     tokens = tokenize_texts(odd, tmp_path)
     assert len(tokens) == 3000
     assert tokens.types == ["\ud800", "a", "b", "\x00", "c", "\U0001f600"]
-
-
-# ------------------------------------------------------------------------------------------------------- batches
-def test_the_batch_of_the_docstring_is_as_written_there():
-    data = encoded(["oil falls", "a b c"])
-    x, y = collate(data.encoded, np.array([0, 1]))
-    oil = data.words.index["oil"]
-    falls = data.words.index["falls"]
-    assert x[0, :, 0].tolist() == [BOS, oil, falls, PAD]
-    assert y[0, :, 0].tolist() == [oil, falls, EOS, PAD]
-    assert x[1, :, 0].tolist() == [EOS, falls, oil, PAD]
-    assert y[1, :, 0].tolist() == [falls, oil, BOS, PAD]
-
-
-def test_the_character_model_reads_types_and_predicts_words():
-    data = encoded(["a a b b c"], representation="char", min_count=2)
-    x, y = collate(data.encoded, np.array([0]))
-    assert data.words.words[len(SPECIAL):] == ["a", "b"]
-    assert x[0, :, 0].tolist() == [BOS, 4, 4, 5, 5, 6]          # c, which is no word, has characters of its own
-    assert y[0, :, 0].tolist() == [4, 4, 5, 5, UNK, EOS]
-
-
-def test_batches_pad_less_than_5_percent_hold_every_row_once_and_are_as_many_in_every_epoch():
-    random = np.random.default_rng(0)
-    lengths = random.poisson(36, 20_000)
-    counts = set()
-    for epoch in range(3):
-        parts = batches(lengths, 2000, np.random.default_rng([0, epoch]))
-        counts.add(len(parts))
-        positions = []
-        for part in parts:
-            longest = lengths[part].max()
-            positions.append(len(part) * (longest + 1))
-        assert sorted(np.concatenate(parts)) == list(range(20_000))
-        assert max(positions) <= 2000
-        assert (lengths + 1).sum() > 0.95 * sum(positions)
-    assert len(counts) == 1
-
-
-def test_a_batch_has_as_many_rows_as_fit_with_one_boundary_symbol_each():
-    parts = batches(np.array([3, 2, 3, 9, 3]), 8)
-    assert [part.tolist() for part in parts] == [[1, 0], [2, 4], [3]]       # 2 x 4 positions, 2 x 4, and 10 by itself
-
-
-def test_batches_come_in_random_order_with_other_rows_of_the_same_length_in_every_epoch():
-    lengths = np.repeat([5, 6, 7, 8], 50)
-    epochs = []
-    for epoch in range(2):
-        parts = batches(lengths, 60, np.random.default_rng([0, epoch]))
-        longest = [lengths[part].max() for part in parts]
-        assert longest != sorted(longest)
-        epochs.append({tuple(sorted(part)) for part in parts})
-    first, second = epochs
-    assert len(first & second) < len(first) / 2
