@@ -395,9 +395,9 @@ def test_metrics_of_an_evaluation_are_the_mean_loss_of_all_heads_and_each_head_b
     heads = {
         "frozen-0": torch.tensor([[0.9, 0.1], [0.6, 0.4]]),
         "frozen-1": torch.tensor([[0.7, 0.3], [0.1, 0.9]]),
-        "trainable-0": torch.tensor([[0.2, 0.8], [0.5, 0.5]])}
+        "trainable-0": torch.tensor([[0.2, 0.8], [0.6, 0.4]])}
     loss, numbers = validation_numbers(heads, gold, ["frozen", "trainable"])
-    assert loss == approx(-math.log(0.9 * 0.4 * 0.7 * 0.9 * 0.2 * 0.5) / 6)
+    assert loss == approx(-math.log(0.9 * 0.4 * 0.7 * 0.9 * 0.2 * 0.4) / 6)
     assert numbers["frozen"]["loss"] == approx([-math.log(0.9 * 0.4) / 2, -math.log(0.7 * 0.9) / 2])
     assert numbers["frozen"]["accuracy"] == [0.5, 1.0]
     assert numbers["trainable"]["accuracy"] == [0.0]
