@@ -138,3 +138,15 @@ def test_the_padding_of_a_word_is_zeros_and_stays_zeros():
     assert not network.characters.weight[0].any()
     assert not gradient[0].any()
     assert gradient[3 + ord("o")].any()
+
+
+def test_gates_of_a_new_network_are_nearly_closed_so_that_highways_pass_on_what_they_read():
+    network = CharacterCNN(5)
+    read = []
+    for layer in (network.highways[0], network.project):
+        layer.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0].detach()))
+    network(torch.from_numpy(character_codes(["oil", "zürich"])))
+    before, after = read                        # both highways; a gate of -2 lets 0.12 of the new values through
+    assert (after - before).norm() < 0.5 * before.norm()
+    for highway in network.highways:
+        assert highway.bias[384:].tolist() == [-2] * 384

@@ -123,6 +123,45 @@ def test_the_states_of_both_directions_are_in_reading_order():
         assert torch.allclose(h[1, :n, b], backward, atol=1e-6)
 
 
+def test_states_of_both_directions_are_in_reading_order_and_padding_comes_after_them():
+    head = Head(Config(hidden=5), "trainable", 3, 8, classes=4).initialize(0)
+    x = torch.randn(6, 3, 8, generator=torch.Generator().manual_seed(0))        # (T, B, width)
+    lengths = torch.tensor([6, 3, 1])
+    with torch.no_grad():
+        found = head.read(x, lengths)                                           # (2, T, B, H)
+        for b, length in enumerate(lengths):
+            forward, backward = plain_states(head.state_dict(), x[:length, b])
+            assert torch.allclose(found[0, :length, b], forward, atol=1e-5)
+            assert torch.allclose(found[1, :length, b], backward, atol=1e-5)
+
+
+def test_a_text_is_pooled_over_its_words_and_not_over_its_padding():
+    head = Head(Config(hidden=1), "trainable", 3, 8, classes=4)
+    weights = head.attention.state_dict()
+    weights["weight"].fill_(math.log(3) / 2)            # a state that is larger by 2 gets 3 times the attention
+    weights["bias"].fill_(0)
+    forward = [                                         # states of three texts of 2, 3 and 0 words
+        [1, 3, 100],
+        [6, 4, 8],
+        [100, 100, 100]]
+    backward = [
+        [7, 5, -100],
+        [-1, -1, -1],
+        [-100, 100, 0]]
+    h = torch.tensor([forward, backward]).float().transpose(1, 2)               # (2, T, B)
+    words = torch.tensor([
+        [1, 1, 0],
+        [1, 1, 1],
+        [0, 0, 0]])
+    expected = torch.tensor([                           # maximum, attention and mean; first forward, then backward
+        [3, (1 + 3 * 3) / 4, 2, 7, (3 * 7 + 5) / 4, 6],
+        [8, (3 * 6 + 4 + 9 * 8) / 13, 6, -1, -1, -1],
+        [0, 0, 0, 0, 0, 0]])
+    with torch.no_grad():
+        found = head.pool(h[..., None], words.t() == 1)
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
 def test_a_notebook_needs_only_torch_to_classify_with_the_file(whole):
     content = torch.load(whole / "classifier.pt", weights_only=True)
     assert list(content) == ["format", "config", "labels", "heads", "bilm", "weights", "metrics", "digest"]
@@ -238,8 +277,14 @@ def test_settings_of_one_seed_lose_the_same_units_and_other_seeds_and_steps_othe
         assert first[expected_first].all()
         assert second[expected_second].all()
         assert not torch.equal(first, second)
+        assert len(first.unique(dim=0)) == len(first), "two texts lose the same units"
         assert 0.4 < first.float().mean() < 0.6
     assert not torch.equal(lost["trainable-0"][0], lost["trainable-1"][0])
+
+
+def test_heads_are_evaluated_twice_per_pass_over_the_training_rows_and_at_the_end(elmo):
+    run = classification.train(trainer_of(elmo, setting="frozen", epochs=1.25))
+    assert [entry["epoch"] for entry in run.history] == [0.5, 1.0, 1.25]
 
 
 def test_another_epoch_has_other_batches(elmo):

@@ -3,6 +3,7 @@ import itertools
 import math
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -459,18 +460,53 @@ def test_the_gradient_of_all_weights_is_clipped_as_one():
     assert everything.norm().item() == approx(0.001, rel=1e-4)
 
 
-def test_a_training_step_moves_only_rows_of_its_batch_and_its_sampled_words():
-    data = encoded(SENTENCES * 5)
-    trainer = Trainer(tiny(negatives=2, batch_tokens=6), data, CPU)
-    before = trainer.model.table.clone()
-    trainer.step(0)
-    batch = trainer.data.train[trainer.batches[0]]
-    ids, _ = collate(data.encoded, batch)
-    used = {BOS, EOS, *ids.flatten().tolist()}
-    moved = (before != trainer.model.table).any(dim=1).nonzero()[:, 0]
-    moved = set(moved.tolist())
-    assert len(moved - used) <= 2
-    assert moved >= used - {PAD}
+def test_training_equals_a_plain_loop_with_the_full_softmax_and_adam():
+    trainer = new_trainer(SENTENCES * 4, negatives=1000, dropout=0.0, precision="fp32", lr=0.01, table_lr=0.02,
+                          beta1=0.8, beta2=0.95, weight_decay=0.1, clip=0.24)
+    trainer.steps = 300                                         # so that the learning rate rises for 9 steps
+    model = deepcopy(trainer.model)
+    tables = [model.table, model.bias]
+    others = [weight for name, weight in model.named_parameters() if "lstm" in name and weight.requires_grad]
+    adam = torch.optim.Adam(tables, betas=(0.8, 0.95))
+    adamw = torch.optim.AdamW(others, betas=(0.8, 0.95), weight_decay=0.1)
+    norms = []
+    for step in range(8):
+        ids, y = trainer.batch(step)
+        x = model.table[ids]
+        loss = torch.zeros(())
+        for d in range(2):
+            h = model.states(d, x[d])[-1]
+            logits = h @ model.table[1:].t() + model.bias[1:, 0]                # without <pad>
+            gold = y[d].flatten() - 1
+            loss = loss + F.cross_entropy(logits.flatten(0, 1), gold, ignore_index=-1, reduction="sum")
+        (loss / (y != PAD).sum()).backward()
+        norms.append(nn.utils.clip_grad_norm_([*tables, *others], 0.24))
+        adam.param_groups[0]["lr"] = 0.02 * (step + 1) / 9
+        adamw.param_groups[0]["lr"] = 0.01 * (step + 1) / 9
+        for optimizer in (adam, adamw):
+            optimizer.step()
+            optimizer.zero_grad()
+        trainer.step(step)
+    assert min(norms) < 0.24 < max(norms)
+    for name, weight in model.named_parameters():
+        found = trainer.model.get_parameter(name)
+        assert torch.allclose(found, weight, rtol=1e-3, atol=1e-4), name
+
+
+def test_a_training_step_moves_only_rows_of_its_batch_and_its_sampled_words_which_change_from_step_to_step():
+    trainer = new_trainer(SENTENCES * 5, negatives=2, batch_tokens=6)
+    sampled = set()
+    for step in range(10):
+        before = trainer.model.table.clone()
+        ids, y = trainer.batch(step)
+        used = {*ids.flatten().tolist(), *y.flatten().tolist()}
+        trainer.step(step)
+        rows = (before != trainer.model.table).any(dim=1).nonzero()
+        moved = set(rows.flatten().tolist())
+        assert moved >= used - {PAD}
+        assert len(moved - used) <= 2
+        sampled |= moved - used
+    assert len(sampled) > 4
 
 
 # -------------------------------------------------------------------------------------------------------- dropout
@@ -582,6 +618,24 @@ def test_the_model_is_that_of_the_epoch_with_the_lowest_validation_loss_of_both_
     found = ELMo.from_run(run).score(["a"])
     assert found["forward"]["perplexity"] == approx(10 / 3, rel=1e-2)    # rounded to half precision
     assert found["backward"]["perplexity"] == approx(10 / 3, rel=1e-2)
+
+
+def test_the_history_has_the_training_perplexity_of_each_epoch_by_itself_and_of_the_end():
+    options = {"epochs": 3.5, "lr": 0.05, "table_lr": 0.05, "batch_tokens": 30}
+    history = ELMO.train(new_trainer(SENTENCES * 3, **options)).history
+    trainer = new_trainer(SENTENCES * 3, **options)
+    n = trainer.per_epoch
+    assert [entry["step"] for entry in history] == [n, 2 * n, 3 * n, trainer.steps]
+    first = 0
+    for entry in history:
+        nll = 0.0
+        tokens = 0
+        for step in range(first, entry["step"]):
+            loss, _, count = trainer.step(step)
+            nll += float(loss)
+            tokens += count
+        assert entry["train_perplexity"] == approx(math.exp(nll / tokens), rel=1e-4)
+        first = entry["step"]
 
 
 def test_a_tenth_of_the_texts_is_for_validation_and_gives_no_words():

@@ -388,7 +388,16 @@ def test_metrics_over_seeds_have_means_and_an_ensemble_of_mean_probabilities():
     assert found["ensemble"]["accuracy"] == 1.0
     assert found["fresh"]["rows"] == 1
     assert found["fresh"]["accuracy"] == approx({"mean": 0.5, "std": math.sqrt(0.5)})
-    heads = {"frozen-0": torch.tensor(one), "frozen-1": torch.tensor(other)}
-    loss, numbers = validation_numbers(heads, torch.tensor(gold), ["frozen"])
-    assert loss == approx(-math.log(0.9 * 0.4 * 0.4 * 0.9) / 4)
-    assert numbers["frozen"]["accuracy"] == [0.5, 0.5]
+
+
+def test_metrics_of_an_evaluation_are_the_mean_loss_of_all_heads_and_each_head_by_itself():
+    gold = torch.tensor([0, 1])
+    heads = {
+        "frozen-0": torch.tensor([[0.9, 0.1], [0.6, 0.4]]),
+        "frozen-1": torch.tensor([[0.7, 0.3], [0.1, 0.9]]),
+        "trainable-0": torch.tensor([[0.2, 0.8], [0.6, 0.4]])}
+    loss, numbers = validation_numbers(heads, gold, ["frozen", "trainable"])
+    assert loss == approx(-math.log(0.9 * 0.4 * 0.7 * 0.9 * 0.2 * 0.4) / 6)
+    assert numbers["frozen"]["loss"] == approx([-math.log(0.9 * 0.4) / 2, -math.log(0.7 * 0.9) / 2])
+    assert numbers["frozen"]["accuracy"] == [0.5, 1.0]
+    assert numbers["trainable"]["accuracy"] == [0.0]
