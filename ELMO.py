@@ -49,7 +49,7 @@ from run.progress import Run
 from run.publication import Publication, options_of_weights
 
 HERE = Path(__file__).resolve().parent
-FORMAT = "elmo-bilm-2"                  # of bilstm.pt; another one if the file's meaning changes
+FORMAT = "elmo-bilm-2"                  # of bilstm.pt; renamed whenever the file's meaning changes
 LAYERS = 2                              # LSTM layers of each direction
 DIRECTIONS = ("forward", "backward")
 INITIAL_STD = 0.05                      # of the word table's entries: rows of norm about 1 at P = 448
@@ -73,7 +73,7 @@ class Config:
     batch_tokens: int = option(3000, "positions (B x T) of a batch", min=1)
     negatives: int = option(2048, "E: sampled words per step; with V or more it is the full softmax", min=1)
     lr: float = option(8e-3, "peak learning rate of AdamW, for the LSTMs and the character network", max=10)
-    table_lr: float = option(1.6e-2, "peak learning rate of SparseAdam, for the word table", max=10)
+    table_lr: float = option(1.6e-2, "peak learning rate of SparseAdam, for word table and softmax bias", max=10)
     beta1: float = option(0.9, "Adam's decay of the mean gradient", max=0.99999)
     beta2: float = option(0.99, "Adam's decay of the mean squared gradient", max=0.99999)
     weight_decay: float = option(0.0, "AdamW's weight decay", max=10)
@@ -105,7 +105,7 @@ def lstm_layers(config: Config) -> nn.ModuleList:
         lstm = nn.LSTM(config.width, config.hidden, proj_size=projection)
         nn.init.zeros_(lstm.bias_ih_l0)
         nn.init.zeros_(lstm.bias_hh_l0)
-        nn.init.ones_(lstm.bias_ih_l0.data[config.hidden:2 * config.hidden])    # gates i f g o: f (Jozefowicz 2015)
+        nn.init.ones_(lstm.bias_ih_l0.data[config.hidden:2 * config.hidden])    # the forget gate (Jozefowicz 2015)
         layers.append(lstm)
     return layers
 
@@ -155,7 +155,7 @@ class BiLM(nn.Module):
         return [weight for weight in self.lstms(d).parameters() if weight.requires_grad]
 
     def represent(self, ids: Tensor, chars: Tensor | None = None) -> Tensor:
-        """(..., P) token representations of ids (...) on the CPU; chars: the characters of each distinct token."""
+        """(..., P) token representations, on the model's device; ids (...) and chars (of each token type): on the CPU."""
         device = self.table.device
         if self.config.representation == "char":
             types, place = torch.unique(ids, return_inverse=True)           # each type goes through the network once
@@ -198,7 +198,7 @@ class BiLM(nn.Module):
                    masks=(None, None), run_both: Callable = map) -> Tensor:
         """(3, T - 1, B, 2P) vectors of all layers for ids (2, T, B) from `collate`, with matrix products in `dtype`.
 
-        masks: for each direction those of `states`; run_both(f, [0, 1]) is like map, one by one or at the same time.
+        masks: for each direction those of `states`; run_both: `map`, or a function like it that runs both side by side.
         """
         device = self.table.device
         learns = torch.is_grad_enabled()
@@ -267,7 +267,7 @@ def score_batch(model: BiLM, encoded: Encoded, dtype: torch.dtype, details: bool
 
 def score_rows(model: BiLM, encoded: Encoded, rows: np.ndarray, dtype: torch.dtype = torch.float32,
                details: bool = False) -> metrics.Scores:
-    """Scores of some rows by the full softmax, without dropout; a row's score does not depend on the others."""
+    """Scores of some rows by the full softmax, without dropout; the same in any batch, up to rounding."""
     lengths = encoded.lengths[rows]
     parts = [rows[part] for part in batches(lengths, 3000)]
     scores = machine.map_on_cores(partial(score_batch, model, encoded, dtype, details), parts, model.table.device)
@@ -287,9 +287,9 @@ class Gradients(NamedTuple):
 class Trainer:
     """The model, its optimizers, and one training step. Every random number of a step comes from (seed, step).
 
-    The two directions are two language models, so they run side by side in two threads (torch releases Python's lock).
-    Each gets a detached copy of x, so that each thread runs backward in a graph of its own. Afterwards `collect` adds
-    up their gradients, and continues the backward pass from x into the table or the character network.
+    The two directions are two language models, so on a CPU they run side by side in two threads (torch releases
+    Python's lock). Each gets x detached, so that it back-propagates in a graph of its own. Afterwards `collect` adds up
+    their gradients, and continues the backward pass from x into the table or the character network.
     """
     unit = "tokens"                 # of the progress bar
 
@@ -468,7 +468,7 @@ class ELMo:
 
     @classmethod
     def from_parts(cls, options: dict, words: list, weights: dict[str, Tensor], device: torch.device, *about) -> "ELMo":
-        """The biLM made of a file's parts; any exception if they do not fit. about: history, metrics, digest."""
+        """The biLM of a file's parts; exceptions of any kind if they do not fit. about: history, metrics, digest."""
         if words[:len(SPECIAL)] != SPECIAL or len(words) != len(weights["table"]):
             raise ValueError("the vocabulary does not fit the weights")
         config = Config(**options)

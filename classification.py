@@ -48,7 +48,7 @@ from run.progress import Run
 from run.publication import Publication, options_of_weights
 
 HERE = Path(__file__).resolve().parent
-FORMAT = "elmo-classifier-2"            # of classifier.pt; another one if its meaning changes
+FORMAT = "elmo-classifier-2"            # of classifier.pt; renamed whenever its meaning changes
 SETTINGS = ("trainable", "frozen", "function")
 EVALUATIONS = 2                         # on the validation rows, per pass over the training rows
 AVERAGE_EVERY = 10                      # steps between updates of the averaged weights
@@ -79,7 +79,7 @@ class Config:
     mix_lr: float = option(2e-2, "peak learning rate of w and gamma", max=10)
     bilm_lr: float = option(4e-3, "finetune: peak learning rate of the biLM's top layer", max=10)
     bilm_dropout: float = option(0.1, "finetune: dropout probability of h_0, h_1 and h_2", max=0.95)
-    unfreeze: float = option(0.05, "finetune: layer 2 learns after this share of the steps, 1 after 2x, 0 3x", max=0.5)
+    unfreeze: float = option(0.05, "finetune: layers 2, 1, 0 learn after 1x, 2x, 3x this share of the steps", max=0.5)
     weight_decay: float = option(0.01, "AdamW's weight decay, of the head", max=10)
     ema: float = option(0.99, "decay of the weights' moving average, updated every 10 steps", max=0.99999)
     clip: float = option(1.0, "largest gradient norm of a head, and of the biLM", min=1e-9)
@@ -174,7 +174,7 @@ class Head(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> "Head":
-        """Sets random weights; returns self. With one seed, weights of one name and shape are equal in all heads."""
+        """Sets random weights; returns self. Heads of one seed have equal weights, except where mix or shape differ."""
         for name, weight in self.named_parameters():
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))    # one for each weight
             if name == "mix.w" and not weight.requires_grad:                # setting `frozen`
@@ -289,14 +289,14 @@ class Learner:
             logits = head(layers, lengths, head.dropout_masks(len(lengths), generator))     # (N, C)
         loss = F.cross_entropy(logits, gold, reduction="sum", label_smoothing=self.config.smoothing)
         (loss / len(gold)).backward()
-        self.optimizers.freeze(step / trainer.steps)                        # no gradient before its start
+        self.optimizers.freeze(step / trainer.steps)                        # groups that do not learn yet: no gradient
         norms = [clip_gradients(module.parameters(), self.config.clip) for module in self.modules.values()]
         return loss.detach(), sum(norms)
 
     def update(self, step: int, steps: int) -> None:
-        """Updates the weights, and every AVERAGE_EVERY steps their average."""
+        """Updates the weights, and every AVERAGE_EVERY steps their average, which at first is a copy of them."""
         self.optimizers.step(lr_factor(step, steps))
-        if step % AVERAGE_EVERY == AVERAGE_EVERY - 1 or step + 1 == steps:
+        if step < AVERAGE_EVERY or step % AVERAGE_EVERY == AVERAGE_EVERY - 1 or step + 1 == steps:
             update_average(self.average, self.modules, step // AVERAGE_EVERY, self.config.ema)
 
     def state(self) -> dict:
@@ -356,7 +356,7 @@ class Trainer:
 
     @machine.torch_threads(1)
     def step(self, step: int) -> tuple[Tensor, Tensor, int]:
-        """One update of every head; returns (summed cross-entropy, gradient norm, rows), the first two are means."""
+        """One update of every head; returns (summed cross-entropy, gradient norm, rows), averaged over heads."""
         epoch, number = divmod(step, self.per_epoch)
         if epoch != self.epoch:
             self.start_epoch(epoch)
@@ -422,7 +422,7 @@ def probabilities(heads: dict, vectors, part: EncodedTexts, dtype: torch.dtype, 
 
 
 def train(trainer: Trainer, resume_file: Path | None = None, resume: bool = False) -> Run:
-    """The training loop. The returned Run holds all heads' averaged weights, those with the lowest mean loss."""
+    """The training loop. The Run holds all heads' averaged weights at the evaluation with the lowest mean loss."""
     gold = trainer.parts["validation"].labels
 
     def evaluate(train_loss: float) -> tuple[float, dict, str]:
@@ -485,7 +485,7 @@ class Classifier:
     def predict(self, texts: Sequence[str | tuple[str, str]], precision: str = "fp32") -> list[dict]:
         """One {"label", "probabilities": {label: p}} per text, or per pair of texts if the classifier reads two.
 
-        InputError names a text that is empty or no string. precision: "fp32", or "auto" and "bf16", which are faster.
+        InputError names a text that is empty or no string. precision: "fp32", "bf16", or "auto": the faster one.
         """
         predictions = []
         for p in self.probabilities(texts, precision):

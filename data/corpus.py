@@ -3,7 +3,7 @@
     tokens = tokenize_corpus(texts, tokenize, "version 1", cache)           # Tokens: types, ids, offsets
     tokens = tokenize_corpus(Lines("news/"), tokenize, "version 1", cache)  # every .txt and .gz of a folder
 
-However long the corpus is, memory holds only its distinct tokens, one number per row and a few chunks of text.
+With a cache, memory holds only the distinct tokens, one number per row and a few chunks of text, even of a long corpus.
 """
 import gzip
 import hashlib
@@ -31,7 +31,7 @@ from run.files import InputError
 from run.machine import end_with_parent
 
 CHUNK = 2_000       # texts that a worker tokenizes at a time
-LETTERS = 2**20     # about the most characters of a chunk; a line with more bytes is cut between two words
+LETTERS = 2**20     # about the largest number of characters in a chunk; a line with more bytes is cut between words
 LONGEST = 400       # most tokens of a row of plain text; a longer line becomes several rows
 
 
@@ -205,7 +205,7 @@ def tokenize_corpus(texts: Iterable[str], tokenize: Callable, version: str, cach
     """The tokens of the texts, from the cache if the same texts were tokenized by the same `version` before.
 
     `version` names the tokenizer and its settings. Without a cache everything stays in memory, as it does if the cache
-    cannot be written. But Lines may not fit, and then raise InputError. To fill a cache, the texts are read twice.
+    cannot be written; only Lines, which may be too long for that, then raise InputError. A cache needs two passes.
     """
     if cache is not None:
         folder = Path(cache) / cache_key(texts, version)

@@ -182,7 +182,7 @@ def stream_rows(rows: int, seed: int, stream: int) -> Iterator[tuple[int, str, s
 
 
 def generate(rows: int, seed: int = 0) -> Iterator[tuple[int, str, str]]:
-    """(class 1-4, title, description) of each row, one by one. More rows begin with the same rows.
+    """(class 1-4, title, description) of each row, one by one. A larger `rows` only adds rows at the end.
 
         next(generate(1))
         (3, 'Magnetic Charge', 'insiders noted that the grocer funded the militia after the annual charge .')

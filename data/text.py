@@ -25,7 +25,7 @@ from run.files import InputError
 
 PAD, UNK, BOS, EOS = range(4)
 SPECIAL = ["<pad>", "<unk>", "<s>", "</s>"]
-ENTITY = re.compile(r"(?<![&\w])(?<!&amp;)(#\d{1,7}|amp|quot|apos|lt|gt|nbsp);")     # AG News lost most entities' &
+ENTITY = re.compile(r"(?<![&\w])(?<!&amp;)(#\d{1,7}|amp|quot|apos|lt|gt|nbsp);")     # AG News lost the & of most
 TOKENS = RegexpTokenizer(
     r"</?[A-Za-z][^<>]{0,200}>"             # an HTML tag is one token: it can show the news source
     r"|(?:[^\W\d_]\.){2,}"                  # u.s., a.m.
@@ -53,7 +53,7 @@ def tokenize_texts(texts: Iterable[str], cache: Path | None = None) -> Tokens:
 
 
 class Vocabulary:
-    """words[i] is the word with id i. The first four are <pad> <unk> <s> </s>; a token can become <unk> only."""
+    """words[i] is the word with id i. The first four are <pad> <unk> <s> </s>; of these, text can only become <unk>."""
 
     def __init__(self, words: Sequence[str]):
         self.words = list(words)
@@ -79,7 +79,7 @@ class Vocabulary:
 
 @dataclass
 class Encoded:
-    """Tokens in the ids of a vocabulary. A type is a distinct token of the texts, a word one of the vocabulary.
+    """Tokens in the ids of a vocabulary. A type is a distinct token of the texts; a word is one in the vocabulary.
 
     lookup: (types,) word id of each type; chars: (4 + types, L) from `character_codes`, for the char model only.
     """

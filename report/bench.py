@@ -217,7 +217,7 @@ def startup() -> dict[str, float]:
 
 
 def interleaved(measures: Sequence[Callable[[], dict]]) -> list[dict]:
-    """The numbers of each repeat. Each repeat runs all measures, so that a slow minute affects several of them."""
+    """The numbers of each repeat. Each repeat runs all measures, so that a slow minute does not spoil a single one."""
     repeats = [{} for _ in range(REPEATS)]
     for number, repeat in enumerate(repeats):
         for measure in measures if number % 2 == 0 else reversed(measures):

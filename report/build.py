@@ -186,7 +186,7 @@ def executed(notebook: Path) -> str:
 
 @script("build.py")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0, or 2 if an input is missing or wrong; then README, report and notebook stay as they are."""
+    """Exit status 0, 2 for a missing or wrong input (README, report, notebook stay as they are), 130 after Ctrl-C."""
     ag_news_folder()                # fails here rather than in a cell of the notebook
     models = ROOT / "models"
     report = ROOT / "report"

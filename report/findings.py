@@ -11,13 +11,13 @@ findings.json: bilm (digest), and for each finding its command, versions, machin
         of each seed. A seed draws the labelled rows, the same ones for all systems. The last share, 100 %, is taken
         from baselines.json
     mixes (tables 2 and 3): rows, seeds, epochs, variants.{name}: {validation, test: {mean, std}, s of the first seed}
-    senses (section 5.3; the sense of a use is taken to be the class of its row): rule, pool, voters, uses (number of
-        uses in test rows; a use counts only if the pool has a use in a training row that is no near copy of its row),
-        majority (share of the uses that have the word's most frequent class in its pool), layers (share whose nearest
-        use in training rows has their class), votes (share that has the class for which the nearest uses vote by
-        cosine), interval (of the votes; 95 %, bootstrap over words), words.{word} and validation: the same for a word
-        and for validation rows; best: the layer with the best votes there. In layer 0 all uses are equally near:
-        layers has the expected share, votes the majority
+    senses (section 5.3; the sense of a use is taken to be the class of its row): rule, pool, voters, uses (number
+        of uses in test rows; one counts only if its pool has a use in a row that is no near copy of its own row),
+        majority (share of the uses that have the word's most frequent class in its pool), layers (share whose
+        nearest use in training rows has their class), votes (share that has the class for which the nearest uses
+        vote by cosine), interval (of the votes; 95 %, bootstrap over words), words.{word} and validation: uses,
+        majority, layers and votes for a word and for validation rows; best: the layer with the best votes there. In
+        layer 0 all uses are equally near: layers has the expected share, votes the majority
     neighbours (table 4): words [{word, static (nearest words by x), uses}], uses [{text, label, nearest,
         nearest_label, cosine}]; here too, no nearest use is in a near copy
     weights (figure 2): tasks.{name}: s and gamma of each seed
@@ -279,8 +279,8 @@ def leaks(inputs: Inputs, rows: int = 500) -> dict:
         other = [*tokens[:k], "microsoft" if "iraq" in tokens else "iraq", *tokens[k + 1:]]
         if any(elmo.tokenize(" ".join(words)) != words for words in (tokens, other)):
             continue                            # joined with spaces, these tokens would be tokenized in another way
-        before, = elmo.embed([" ".join(tokens)])                                # two calls: in one batch, equal rows
-        after, = elmo.embed([" ".join(other)])                                  # may be rounded in different ways
+        before, = elmo.embed([" ".join(tokens)])                                # two calls: one batch could round
+        after, = elmo.embed([" ".join(other)])                                  # equal rows differently
         difference = (before - after).unflatten(2, (2, -1))                     # (3, n, 2, P): layer, word, direction
         moved = difference.ne(0).any(dim=3)                                     # (3, n, 2)
         counts["rows"] += 1

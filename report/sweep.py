@@ -2,8 +2,6 @@
 
     python report/sweep.py ELMO.py --trials 20 --search lr=0.002:0.02:log --search dropout=0:0.4 -- --rows 8000
     python ELMO.py --config build/sweep/ELMO.toml --out elsewhere       # a full run with the best options
-
---help shows the options of ELMO.py; those of classification.py are in its own --help.
 """
 import sys
 from dataclasses import replace
@@ -53,10 +51,10 @@ def distribution(text: str, config) -> tuple[str, optuna.distributions.BaseDistr
 
 
 def lowest(train, trainer) -> float:
-    """The lowest validation loss of a training; infinity if a loss was not finite; KeyboardInterrupt after Ctrl-C."""
+    """The lowest validation loss of a training; infinity if it diverged; KeyboardInterrupt after Ctrl-C."""
     try:
         run = train(trainer)
-    except InputError:              # the loss was not finite
+    except InputError:              # the loss diverged
         return float("inf")
     if run.finished and not run.stop_event.is_set():
         return run.lowest

@@ -166,7 +166,7 @@ def map_on_cores(call: Callable, items: Sequence, device: torch.device, max_work
     if count < 2 or device.type != "cpu":
         return [call(item) for item in items]
     workers = Workers(count, device)
-    with workers.pool, torch_threads(torch.get_num_threads()):      # puts back the default that workers have lowered
+    with workers.pool, torch_threads(torch.get_num_threads()):      # workers lower the default; this restores it
         return workers.map(call, items)
 
 
@@ -210,7 +210,7 @@ def sum_over_processes(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def sum_gradients(weights: list[torch.nn.Parameter], loss: torch.Tensor) -> torch.Tensor:
-    """Replaces every .grad by its sum over the processes of torchrun; returns the sum of the losses ()."""
+    """Replaces every .grad by its sum over the processes of torchrun; returns the sum of the losses, a scalar."""
     *gradients, total = sum_over_processes([*(weight.grad for weight in weights), loss])
     for weight, gradient in zip(weights, gradients, strict=True):
         weight.grad = gradient

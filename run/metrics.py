@@ -18,7 +18,7 @@ FREQUENT_WORDS = 25     # of the confusion matrix of words
 
 # ----------------------------------------------------------------------------------------------- language models
 def full_softmax_nll(h: Tensor, y: Tensor, table: Tensor, bias: Tensor, details: bool = False) -> tuple[Tensor, ...]:
-    """A tuple of one (N,) tensor: nll of targets y (N,) given states h (N, P), over all V words but <pad>, in fp32.
+    """A tuple of one (N,) tensor: nll of targets y (N,) given states h (N, P), over all V words but <pad>.
 
     With details a tuple of four: nll, the targets, the words with the highest logits, and the targets' ranks. A rank is
     the number of words with a higher logit. table (V, P), bias (V, 1).
@@ -252,7 +252,7 @@ def classification_numbers(p: dict, gold: dict, heads: list[str], labels: Sequen
 def mcnemar(correct: np.ndarray, other: np.ndarray) -> dict:
     """Exact two-sided McNemar test: do two classifiers differ? correct, other (N,) bool: the rows that each has right.
 
-    Only rows that exactly one of them has right count. If both are equally good, each has half of these on average.
+    Only rows that exactly one of them gets right are counted. If both are equally good, each has half on average.
     Returns difference (of accuracies), interval (95 %, paired bootstrap), only_this, only_that (rows), p.
     """
     only_this = int((correct & ~other).sum())

@@ -18,7 +18,7 @@ def lr_factor(step: int, steps: int) -> float:
 
 
 def clip_gradients(weights: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scales all gradients by one factor to a total norm of at most `max_norm`; returns the norm () before scaling.
+    """Scales all gradients by one factor to a total norm of at most `max_norm`; returns the norm before that, a scalar.
 
     `nn.utils.clip_grad_norm_` refuses sparse gradients. The norm of a coalesced one is the norm of its values.
     """

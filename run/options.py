@@ -89,7 +89,7 @@ def script_arguments(argv: Sequence[str] | None, config_class: type, name: str, 
     parser = Parser(prog=name, description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     project = Path(__file__).resolve().parent.parent
     default = out.relative_to(project) if out.is_relative_to(project) else out
-    parser.add_argument("--out", default=out, type=Path, help=f"folder that the program writes (default {default}/)")
+    parser.add_argument("--out", default=out, type=Path, help=f"folder of the results and models (default {default}/)")
     parser.add_argument("--config", metavar="FILE", help="TOML file of options; the command line wins")
     for flag, settings in extra.items():
         parser.add_argument(flag, **settings)

@@ -53,7 +53,7 @@ class Progress:
     """A bar of steps with loss, items per second and time left, and a log line every `log_every` steps.
 
     Items are what the trainer counts: tokens (then the perplexity is shown too) or rows. In a log file the bar is
-    updated once per minute. Only the first process shows anything (`shown`).
+    updated once per minute and at log lines. Only the first process shows anything (`shown`).
     """
 
     def __init__(self, steps: int, done: int, log_every: int, shown: bool, unit: str, tracker: Tracker):
@@ -173,8 +173,8 @@ class Run:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        # If a step has diverged, the weights are still those before it. On a GPU they are not, and save() refuses them;
-        # if an evaluation has diverged, the weights are bad, and the last saved state stays.
+        # On a CPU, a step that diverged has not changed the weights. On a GPU it has, and save() refuses them. After an
+        # evaluation that diverged, the weights are bad too, and the last saved state stays.
         if isinstance(error, InputError) and self.file and not self.due(self.step):
             with suppress(InputError):
                 self.save()

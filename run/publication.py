@@ -14,7 +14,7 @@ NUMBERS = {"bilstm": "pretraining", "classifier": "classification"}     # JSON b
 
 
 def options_of_weights(config) -> dict:
-    """The options that decide the weights, except precision: "auto" can mean two types, which `Run` compares."""
+    """The options that decide the weights, except precision: "auto" may mean either type, so `Run` compares that."""
     others = ("precision", "log_every", "save_every", "track")
     return {name: value for name, value in asdict(config).items() if name not in others}
 
@@ -23,7 +23,7 @@ class Publication:
     """The files of a run in OUT: `json`, its numbers; OUT/{name}.pt, its weights; until it has ended, `resume_file`.
 
     options: out, resume and overwrite of the command line. Without --overwrite, InputError if OUT has the files of
-    another run. Other options are found here, at once; other data or another biLM by `finished`, when they are read.
+    another run. Different options are found here, at once; different data or another biLM by `finished`, when read.
     """
 
     def __init__(self, name: str, config, options: Namespace):
