@@ -155,7 +155,7 @@ class BiLM(nn.Module):
         return [weight for weight in self.lstms(d).parameters() if weight.requires_grad]
 
     def represent(self, ids: Tensor, chars: Tensor | None = None) -> Tensor:
-        """(..., P) token representations, on the model's device; ids (...) and chars (of each token type): on the CPU."""
+        """(..., P) token representations on the device of the model; ids (...) and the types' chars are on the CPU."""
         device = self.table.device
         if self.config.representation == "char":
             types, place = torch.unique(ids, return_inverse=True)           # each type goes through the network once
