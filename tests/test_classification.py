@@ -371,7 +371,7 @@ def test_the_average_of_a_weight_rises_to_its_decay():
     assert averages == approx([1.0, 1.9, 2.835])
 
 
-def test_what_is_evaluated_is_the_average_of_every_tenth_step_and_of_the_last_one(elmo):
+def test_newest_weights_are_evaluated_at_first_and_then_averages_of_every_tenth_step_and_the_last(elmo):
     trainer = trainer_of(elmo, setting="function", ema=0.15)
     trainer.steps = 23
     learning = trainer.learners["function-0"].modules["head"].out.weight
@@ -379,6 +379,8 @@ def test_what_is_evaluated_is_the_average_of_every_tenth_step_and_of_the_last_on
     snapshots = []
     for step in range(23):
         trainer.step(step)
+        if step < 10:
+            assert torch.equal(average, learning), "an early evaluation must not measure the random weights"
         if step in (9, 19, 22):
             snapshots.append(learning.detach().clone())
     expected = torch.lerp(snapshots[1], snapshots[0], 0.1)          # decay 1/10

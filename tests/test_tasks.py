@@ -390,6 +390,17 @@ def test_metrics_over_seeds_have_means_and_an_ensemble_of_mean_probabilities():
     assert found["fresh"]["accuracy"] == approx({"mean": 0.5, "std": math.sqrt(0.5)})
 
 
+def test_metrics_of_fresh_rows_are_those_of_these_rows_alone():
+    p = np.array([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7]])
+    gold = np.array([0, 1, 0])                                      # right, wrong, wrong
+    fresh = np.array([True, True, False])
+    found = over_seeds(p[None], gold, ["a", "b"], fresh)
+    assert found["accuracy"]["mean"] == approx(1 / 3)
+    assert found["fresh"]["rows"] == 2
+    assert found["fresh"]["accuracy"]["mean"] == 1 / 2
+    assert found["fresh"]["ensemble"]["accuracy"] == 1 / 2
+
+
 def test_metrics_of_an_evaluation_are_the_mean_loss_of_all_heads_and_each_head_by_itself():
     gold = torch.tensor([0, 1])
     heads = {
