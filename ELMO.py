@@ -6,7 +6,7 @@
     h_{k,0} = [x_k ; x_k]    h_{k,j} = [forward h_{k,j} ; backward h_{k,j}],  j = 1, 2
 
 The two directions are two language models. They share the token representations x and the softmax, not the LSTMs, and
-their states are only concatenated. The second layer of a bidirectional LSTM would see the word that it has to predict.
+their states are only concatenated: layer 2 of nn.LSTM(bidirectional=True) would see the word that it has to predict.
 
 Shapes: B sentences of a batch, T positions (longest sentence + 1 boundary symbol), N predicted tokens, V words,
 E sampled words, H cells of an LSTM, P width of x and of every layer's output, D = 2 P width of a returned vector.
@@ -155,7 +155,7 @@ class BiLM(nn.Module):
         return [weight for weight in self.lstms(d).parameters() if weight.requires_grad]
 
     def represent(self, ids: Tensor, chars: Tensor | None = None) -> Tensor:
-        """(..., P) token representations on the device of the model; ids (...) and the types' chars are on the CPU."""
+        """(..., P) representations, on the model's device; ids (...) and chars (of all distinct tokens) on the CPU."""
         device = self.table.device
         if self.config.representation == "char":
             types, place = torch.unique(ids, return_inverse=True)           # each type goes through the network once
@@ -184,8 +184,8 @@ class BiLM(nn.Module):
     def join(self, forward: list[Tensor], backward: list[Tensor], lengths: Tensor) -> Tensor:
         """(3, T - 1, B, 2P) vectors of the words in reading order, without boundaries, from both directions' states.
 
-        Forward, position 0 is <s>, so the state after word k was read stands at position k. The backward model reads
-        word n first, so its states are reversed within each sentence. lengths (B,).
+        In the forward model position 0 is <s>, so its state at position k has just read word k. The backward model
+        reads word n first, so its states are reversed within each sentence. lengths (B,).
         """
         dtype = forward[-1].dtype                                           # h_0 is fp32, the others may be bf16
         layers = []
@@ -236,8 +236,8 @@ def sampled_nll(h: Tensor, y: Tensor, table: Tensor, bias: Tensor, sampled: Tens
         nll = log Z - s_y        Z = exp(s_y) + sum over sampled w != y of exp(s_w) / pi_w
 
     s_w = h . table_w + bias_w is the logit of word w, and pi_w the probability that w is in the sample (`Sampler` knows
-    it). Weighing a sampled word with 1 / pi_w makes the expected Z the sum of the full softmax (Horvitz and Thompson
-    1952). sampled (E,) distinct word ids; log_pi (E,).
+    it). With the weights 1 / pi_w, the expected value of Z is the sum of the full softmax (Horvitz and Thompson 1952).
+    sampled (E,) distinct word ids; log_pi (E,).
     """
     target_rows = F.embedding(y, table, sparse=True)                                    # (N, P)
     target_bias = F.embedding(y, bias, sparse=True)[:, 0]                               # (N,)
@@ -480,7 +480,7 @@ class ELMo:
 
     @classmethod
     def train(cls, texts: Sequence[str], config: Config | None = None, device: str | None = None) -> "ELMo":
-        """Trains a biLM on any texts, as the script does. A tenth of them, at most `validation`, chooses the epoch."""
+        """Trains a biLM on any texts, as the script does. A tenth, at most `validation`, picks the epoch."""
         device = machine.find_device(device)
         texts = check_texts(texts)
         config = config or Config()
@@ -582,12 +582,12 @@ def measure(elmo: ELMo, data: Data) -> tuple[dict, dict]:
 def publish(run: Run, out: Path, seconds: float) -> None:
     """Measures a finished run and writes OUT/bilstm.pt, the figures and OUT/pretraining.json.
 
-    Beside how it was made, pretraining.json has: tokens_per_second (training, both directions), vocabulary, parameters,
-    file_mb, digest (of bilstm.pt), data (digest of the tokens), unknown (share of <unk>), history of the epochs,
-    splits.{train (a sample), validation, test}: rows, tokens, unigram_perplexity, and for each direction the metrics of
-    `run.metrics.Scores` and kneser_ney_perplexity; `fresh` has the same without near copies of training rows; confusion
-    {words, counts}: of the forward model on test rows, rows gold, columns predicted. `splits` was measured with the
-    half-precision weights of the file.
+    Besides `machine.provenance`, pretraining.json has: tokens_per_second (training, both directions), vocabulary,
+    parameters, file_mb, digest (of bilstm.pt), data (digest of the tokens), unknown (share of <unk>), history of the
+    epochs, splits.{train (a sample), validation, test}: rows, tokens, unigram_perplexity, and for each direction the
+    metrics of `run.metrics.Scores` and kneser_ney_perplexity; `fresh` has the same without near copies of training
+    rows; confusion {words, counts}: of the forward model on test rows, rows gold, columns predicted. `splits` was
+    measured with the half-precision weights of the file.
     """
     trainer = run.trainer
     elmo = ELMo.from_run(run)
@@ -638,7 +638,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--corpus": {"metavar": "PATH", "help": "train on the lines of this file, or of a folder's .txt and .gz files"},
         "--embed": {"metavar": "FILE", "help": "write the vectors of this file's lines instead of training"},
         "--npz": {"metavar": "FILE", "help": "the file that --embed writes"},
-        "--float32": {"action": "store_true", "help": "--embed: full precision, also in the file"}})
+        "--float32": {"action": "store_true", "help": "--embed: compute in fp32 and write float32, not float16"}})
     if options.embed is None and options.npz is None:
         return pretrain(config, options)
     load = partial(ELMo.load, options.out / "bilstm.pt")

@@ -50,7 +50,7 @@ tasks: setup    ## SST and NLI on the published biLM; $SST_DIR and $NLI_DIR name
 	$(PY) classification.py --task sst2 --adapt 2 --overwrite --resume
 	$(PY) classification.py --task nli --adapt 1 --epochs 3 --overwrite --resume
 
-faults: setup   ## try kills, damaged files, wrong inputs and a full disk; writes models/faults.json
+faults: setup   ## kill runs, damage files, give wrong inputs, fill a disk; writes models/faults.json
 	$(PY) tests/test_faults.py
 
 bench: setup    ## speed on this machine, to models/bench.json

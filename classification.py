@@ -72,7 +72,7 @@ class Config:
     dropout: float = option(0.2, "dropout probability of the mix and of the pooled text", max=0.95)
     smoothing: float = option(0.05, "label smoothing: share of the target spread over all classes", max=0.99)
     rows: int = option(0, "labelled training rows, drawn by the seed; 0: all")
-    validation: int = option(2000, "nli: validation rows, taken from train; ag_news takes those of the biLM", min=1)
+    validation: int = option(2000, "nli: training rows set aside for validation; ag_news: as the biLM's run", min=1)
     epochs: float = option(2.0, "passes over the training rows", max=100_000)
     batch_tokens: int = option(3000, "positions (B x T) of a batch", min=1)
     lr: float = option(4e-3, "peak learning rate of the head", max=10)
@@ -294,7 +294,7 @@ class Learner:
         return loss.detach(), sum(norms)
 
     def update(self, step: int, steps: int) -> None:
-        """Updates the weights, and every AVERAGE_EVERY steps their average, which at first is a copy of them."""
+        """Updates the weights and, every AVERAGE_EVERY steps, their average; before that, it is a copy of them."""
         self.optimizers.step(lr_factor(step, steps))
         if step < AVERAGE_EVERY or step % AVERAGE_EVERY == AVERAGE_EVERY - 1 or step + 1 == steps:
             update_average(self.average, self.modules, step // AVERAGE_EVERY, self.config.ema)
@@ -344,7 +344,7 @@ class Trainer:
         return machine.seeded(seed, make).initialize(seed)
 
     def names(self, setting: str) -> list[str]:
-        """The names of the learners of all seeds in `learners`, `model` and `probabilities`."""
+        """One setting's keys, one per seed, in `learners`, `model` and what `probabilities` returns."""
         return [f"{setting}-{seed}" for seed in self.seeds]
 
     def start_epoch(self, epoch: int) -> None:
@@ -609,7 +609,7 @@ def classify(config: Config, options: Namespace, make_vectors: Callable | None =
             elmo = ELMo.from_run(runs[0])
         parts = {part: EncodedTexts(getattr(task, part), elmo, CACHE) for part in ("train", "validation", "test")}
         vectors = ELMoVectors(elmo.model) if make_vectors is None else make_vectors(config, elmo, task)
-        print(f"{task.summary()}; heads for {', '.join(config.settings)}, {config.seeds} of each", flush=True)
+        print(f"{task.summary()}\nheads: {config.seeds} per setting ({', '.join(config.settings)})", flush=True)
         trainer = Trainer(config, vectors, parts, len(task.labels), source)
         run = train(trainer, publication.resume_file, options.resume)
         if not run.finished:

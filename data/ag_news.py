@@ -185,7 +185,7 @@ def fresh_rows(known: Iterable[str], texts: Sequence[str], max_share: float = 0.
 
 
 def hashed_ngrams(text: str, n: int) -> list[int]:
-    """A hash of every n words in a row."""
+    """A hash of every n consecutive words."""
     words = text.lower().split()
     return [hash(tuple(words[i:i + n])) for i in range(len(words) - n + 1)]
 

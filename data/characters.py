@@ -35,7 +35,7 @@ class CharacterCNN(nn.Module):
     """
     CHARACTERS = 262                                                # 256 bytes and 6 symbols, see character_codes
     WIDTH = 16                                                      # of a character's embedding
-    FILTERS = ((1, 32), (2, 32), (3, 64), (4, 128), (5, 128))       # (width, count): the paper's first five, one halved
+    FILTERS = ((1, 32), (2, 32), (3, 64), (4, 128), (5, 128))       # (width, count): the paper's first 5, last halved
     HIGHWAYS = 2
 
     def __init__(self, P: int):

@@ -204,8 +204,8 @@ def stream_tokens(texts: Iterable[str], tokenize: Callable, file, workers: int) 
 def tokenize_corpus(texts: Iterable[str], tokenize: Callable, version: str, cache: Path | None = None) -> Tokens:
     """The tokens of the texts, from the cache if the same texts were tokenized by the same `version` before.
 
-    `version` names the tokenizer and its settings. Without a cache everything stays in memory, as it does if the cache
-    cannot be written; only Lines, which may be too long for that, then raise InputError. A cache needs two passes.
+    `version` names the tokenizer and its settings. Without a cache everything stays in memory. So it does if the cache
+    cannot be written, except for Lines, which may be too long: InputError. A cache needs two passes over the texts.
     """
     if cache is not None:
         folder = Path(cache) / cache_key(texts, version)

@@ -259,8 +259,8 @@ def posterior(description: str) -> np.ndarray:
 def bag_posterior(description: str) -> np.ndarray:
     """(4,) p(class | the bag of words): exact, and the same for every order of the words.
 
-    Verbs show the pair and modifiers the class. The actors add nothing: if the two actors of a clause change places,
-    the bag is the same, and summed over both orders, p(actors | class) is the pair's, which the verb shows already.
+    Verbs show the pair and modifiers the class. The actors add nothing: the bag does not tell who of the two acts,
+    and the sum of p(actors | class) over both possibilities depends only on the pair, which the verb shows already.
 
         the court sued the bank over the civil trial .    World and Business 0.78 : 0.22, only because of "civil"
     """

@@ -105,7 +105,7 @@ def read_task(config, bilm_config) -> Task:
 class EncodedTexts:
     """A part of a task in the ids of an ELMo. For pairs: all first texts, then all second texts.
 
-    labels (N,); encoded: N rows, 2 N for pairs; words: (N,) or (2 N,) their lengths; lengths: (N,), of the longer text.
+    labels (N,); encoded: N rows, 2 N for pairs; words: tokens of each encoded row; lengths (N,): of the longer text.
     """
 
     def __init__(self, part: Part, elmo, cache: Path | None = None):

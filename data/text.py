@@ -25,7 +25,7 @@ from run.files import InputError
 
 PAD, UNK, BOS, EOS = range(4)
 SPECIAL = ["<pad>", "<unk>", "<s>", "</s>"]
-ENTITY = re.compile(r"(?<![&\w])(?<!&amp;)(#\d{1,7}|amp|quot|apos|lt|gt|nbsp);")     # AG News lost the & of most
+ENTITY = re.compile(r"(?<![&\w])(?<!&amp;)(#\d{1,7}|amp|quot|apos|lt|gt|nbsp);")     # most in AG News lack their &
 TOKENS = RegexpTokenizer(
     r"</?[A-Za-z][^<>]{0,200}>"             # an HTML tag is one token: it can show the news source
     r"|(?:[^\W\d_]\.){2,}"                  # u.s., a.m.

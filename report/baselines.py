@@ -13,7 +13,7 @@ classification.json of --out if it was made with the same biLM.
 
 baselines.json: command, versions, machine, minutes (of all runs), peak_memory_gb, config, data and bilm (digests),
 rows.{name}: seeds, validation and test {mean, std} of the accuracy over seeds, fresh (the same on the fresh test rows),
-    ensemble (test accuracy of the seeds' mean probabilities), minutes, each {validation, test} (accuracy of each seed;
+    ensemble (test accuracy of the seeds' mean probabilities), minutes, `each`: {validation, test} (accuracies by seed;
     not for tfidf), tried (only tfidf: validation accuracy by hyperparameters),
     against.{word2vec, tfidf, layer0}: `run.metrics.mcnemar` of the ensembles on test rows; p is not corrected for the
         number of comparisons

@@ -77,7 +77,7 @@ RATIOS = {                                                  # name: (numerator, 
 
 # ------------------------------------------------------------------------------------------------ other loops
 class CommonModel(nn.Module):
-    """What public solutions of the assignment train: two LSTM layers of 300 per direction, and an untied softmax."""
+    """The model of public solutions to the assignment: two LSTM layers of 300 per direction, and an untied softmax."""
 
     def __init__(self):
         super().__init__()

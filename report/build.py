@@ -104,7 +104,7 @@ def labels_line(r: dict) -> tuple[str, str, str]:
 
 
 def senses_line(r: dict) -> tuple[str, str, str]:
-    """Share of the uses of ambiguous words whose class their nearest uses predict."""
+    """How often the class of an ambiguous word's use is predicted by its nearest uses."""
     what = "class of an ambiguous word's use predicted by its nearest uses; by the word's most frequent class"
     return what, f"{100 * r['votes'][r['best']]:.1f} %; {100 * r['majority']:.1f} %", r["command"]
 

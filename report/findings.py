@@ -4,7 +4,7 @@
     python report/findings.py --resume          continues after a stop; finished findings and runs of `labels` stay
     python report/findings.py --only senses     measures only the named findings; the others stay as they are
 
-findings.json: bilm (digest), and for each finding its command, versions, machine, minutes, peak_memory_gb and
+findings.json: bilm (digest), and for each finding its command, versions, machine, minutes, peak_memory_gb, and:
     labels (figure 1 of the paper): static (baselines.STATIC_VECTORS), shares (% of the training rows), rows (number of
         them), chosen_on (number of validation rows that choose the weights or, for tfidf, the hyperparameters),
         measured (number of test rows), systems.{elmo, word2vec, tfidf}: for each share {test, validation}, the accuracy
@@ -12,12 +12,12 @@ findings.json: bilm (digest), and for each finding its command, versions, machin
         from baselines.json
     mixes (tables 2 and 3): rows, seeds, epochs, variants.{name}: {validation, test: {mean, std}, s of the first seed}
     senses (section 5.3; the sense of a use is taken to be the class of its row): rule, pool, voters, uses (number
-        of uses in test rows; one counts only if its pool has a use in a row that is no near copy of its own row),
-        majority (share of the uses that have the word's most frequent class in its pool), layers (share whose
-        nearest use in training rows has their class), votes (share that has the class for which the nearest uses
-        vote by cosine), interval (of the votes; 95 %, bootstrap over words), words.{word} and validation: uses,
-        majority, layers and votes for a word and for validation rows; best: the layer with the best votes there. In
-        layer 0 all uses are equally near: layers has the expected share, votes the majority
+        of uses in test rows; without those whose pool, the word's uses in training rows, has only near copies of
+        their row), majority (share of the uses whose class is the most frequent one in the word's pool), layers
+        (share whose nearest use in training rows has their class), votes (share that has the class for which the
+        nearest uses vote by cosine), interval (of the votes; 95 %, bootstrap over words), words.{word} and
+        validation: uses, majority, layers and votes for a word and for validation rows; best: the layer with the
+        best votes there. In layer 0 all uses are equally near: layers has the expected share, votes the majority
     neighbours (table 4): words [{word, static (nearest words by x), uses}], uses [{text, label, nearest,
         nearest_label, cosine}]; here too, no nearest use is in a near copy
     weights (figure 2): tasks.{name}: s and gamma of each seed

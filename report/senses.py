@@ -133,7 +133,7 @@ def nearest(queries: Uses, pool: Uses, similar: np.ndarray, count: int) -> list[
 
 
 def with_neighbours(uses: dict[str, tuple[Uses, Uses]]) -> dict[str, tuple[Uses, Uses]]:
-    """The words and queries whose pool has a use that is in no near copy of the query's row; the others are left out.
+    """The words and queries without queries whose pool has only near copies, and without words that have no query left.
 
     uses: {word: (queries, pool)}. Raises InputError if no query is left.
     """
@@ -170,7 +170,7 @@ def correct_classes(queries: Uses, pool: Uses, layer: int) -> np.ndarray:
 
 
 def sense_accuracy(uses: dict[str, tuple[Uses, Uses]]) -> dict:
-    """How often the nearest uses have a use's class: words, uses, majority, layers, votes, interval of findings.json.
+    """How often nearest uses predict a use's class: words, uses, majority, layers, votes, interval of findings.json.
 
     uses: {word: (queries, pool)}. Queries without a neighbour count nowhere, in no layer.
     """

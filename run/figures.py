@@ -178,7 +178,7 @@ def class_confusion(labels: list[str], numbers: dict, rows: str) -> Figure:
 
 
 def validation_values(history: list, setting: str, key: str) -> np.ndarray:
-    """(E, seeds) values of `key` at each evaluation. history: a list of evaluations per run, each of several seeds."""
+    """(E, seeds) values of `key` at each evaluation. history: for each run its evaluations, with a value per seed."""
     values = []
     for run in history:
         values.append([entry["validation"][setting][key] for entry in run])

@@ -62,7 +62,7 @@ def fast_bf16(device: torch.device) -> bool:
 
 
 def product_seconds(device: torch.device, dtype: torch.dtype) -> float:
-    """Seconds of a product of two square matrices, the shortest of four times; on a CPU by one thread."""
+    """Seconds of a product of two square matrices, the fastest of four runs; on a CPU by one thread."""
     size = 4096 if device.type == "cuda" else 512
     matrix = torch.ones(size, size, dtype=dtype, device=device)
     times = []
@@ -139,7 +139,7 @@ class Workers:
         both = Workers(2, device)
         both.map(direction, [0, 1])         # [direction(0), direction(1)], on a CPU at the same time
 
-    `count` threads with (torch threads // count) torch threads each, at least one. On a GPU there is no pool: the calls
+    The torch threads are divided among `count` threads, at least one for each. On a GPU there is no pool: the calls
     run one after the other, since a GPU runs each of them in parallel by itself.
     """
 
@@ -166,7 +166,7 @@ def map_on_cores(call: Callable, items: Sequence, device: torch.device, max_work
     if count < 2 or device.type != "cpu":
         return [call(item) for item in items]
     workers = Workers(count, device)
-    with workers.pool, torch_threads(torch.get_num_threads()):      # workers lower the default; this restores it
+    with workers.pool, torch_threads(torch.get_num_threads()):      # workers change torch's default; put it back
         return workers.map(call, items)
 
 

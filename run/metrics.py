@@ -252,7 +252,7 @@ def classification_numbers(p: dict, gold: dict, heads: list[str], labels: Sequen
 def mcnemar(correct: np.ndarray, other: np.ndarray) -> dict:
     """Exact two-sided McNemar test: do two classifiers differ? correct, other (N,) bool: the rows that each has right.
 
-    Only rows that exactly one of them gets right are counted. If both are equally good, each has half on average.
+    Only rows that exactly one of them gets right are counted. If both are equally good, each wins half of these.
     Returns difference (of accuracies), interval (95 %, paired bootstrap), only_this, only_that (rows), p.
     """
     only_this = int((correct & ~other).sum())

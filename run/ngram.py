@@ -46,7 +46,7 @@ def add_boundaries(ids: Array, offsets: Array, vocabulary_size: int) -> tuple[Ar
 def reverse(ids: Array, offsets: Array) -> tuple[Array, Array]:
     """The same rows, each with its words in reverse order, for the backward model.
 
-    add_boundaries then writes <s> w_n .. w_1 </s> for </s> w_n .. w_1 <s>. The counts are the same under either name.
+    add_boundaries then writes <s> w_n .. w_1 </s> for </s> w_n .. w_1 <s>. Swapping the two symbols changes no count.
     """
     ids = np.asarray(ids)
     offsets = np.asarray(offsets)
@@ -83,8 +83,8 @@ class KneserNey:
 
     The id of a 1-gram is its word id. A longer k-gram has the key (id of its history) * V + (last word). Its id is the
     position of this key in keys[k - 1], which is sorted. So keys stay below 2^63 at any order.
-    first_term[k - 1][id of the k-gram] is the first term of p_k, backoff[k - 1][id of the history] is gamma_k. The last
-    entries, 0 and 1, are for id -1: with them p_k = p_{k-1}.
+    first_term[k - 1][id of the k-gram] is the first term of p_k, backoff[k - 1][id of the history] is gamma_k. Index
+    -1, the last entry, holds 0 in first_term and 1 in backoff, so that p_k = p_{k-1}.
     """
 
     def __init__(self, ids: Array, offsets: Array, vocabulary_size: int, order: int = 4):

@@ -112,12 +112,12 @@ class Run:
     The trainer has steps, per_epoch, interval (steps between evaluations), unit ("tokens" or "rows"), config (with
     precision, log_every, save_every and track), rank, device, dtype, model, identity(), state() and load_state(state).
 
-    seconds: time of the steps alone; wall: of everything; earlier: of the parts before this one. No step depends on
+    seconds: time of the steps alone; wall: of everything; earlier: wall time before this resume. No step depends on
     when a state is saved, so a killed run that is resumed ends with the same weights as a run that was not.
 
     A GPU computes while Python goes on, until somebody reads a number from it. So a GPU's losses and gradient norms are
-    added up there (`unread`), and are read and checked every log_every steps and before every evaluation and save. On a
-    CPU they are read after every step; there the trainer has checked them already, before it updated the weights.
+    kept in `unread`, and are read and checked every log_every steps and before every evaluation and save. On a CPU they
+    are read after every step; there the trainer has checked them already, before it updated the weights.
     """
     SAVED = ("step", "seconds", "wall", "loss", "items", "lowest", "best", "history")
 
@@ -141,7 +141,7 @@ class Run:
         self.save_time = self.clock
 
     def load(self, state: dict) -> None:
-        """Sets trainer and counters to a state that `save` wrote. --precision auto keeps its precision."""
+        """Sets trainer and counters to a state that `save` wrote. With --precision auto, its precision is kept."""
         try:
             self.trainer.load_state(state["trainer"])
             for name in self.SAVED:
@@ -173,8 +173,8 @@ class Run:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        # On a CPU, a step that diverged has not changed the weights. On a GPU it has, and save() refuses them. After an
-        # evaluation that diverged, the weights are bad too, and the last saved state stays.
+        # If a step diverged: a CPU's weights are those before it, and are saved; a GPU's have changed, so save() raises
+        # and writes nothing. If an evaluation diverged, the weights are bad, and the last saved state stays.
         if isinstance(error, InputError) and self.file and not self.due(self.step):
             with suppress(InputError):
                 self.save()
@@ -193,7 +193,7 @@ class Run:
     def due(self, step: int) -> bool:
         """Whether the weights before this step must be evaluated: once at the end of each interval.
 
-        A run that is resumed right after an evaluation must not repeat it, so the last one in the history counts.
+        A run that is resumed right after an evaluation must not repeat it, so a step that is in the history is not due.
         """
         end_of_interval = step == self.trainer.steps or step % self.trainer.interval == 0
         last = self.history[-1]["step"] if self.history else 0

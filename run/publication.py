@@ -23,7 +23,7 @@ class Publication:
     """The files of a run in OUT: `json`, its numbers; OUT/{name}.pt, its weights; until it has ended, `resume_file`.
 
     options: out, resume and overwrite of the command line. Without --overwrite, InputError if OUT has the files of
-    another run. Different options are found here, at once; different data or another biLM by `finished`, when read.
+    another run. Other options are noticed here, at once; other data or another biLM in `finished`, after reading them.
     """
 
     def __init__(self, name: str, config, options: Namespace):

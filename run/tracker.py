@@ -29,7 +29,7 @@ def flat_numbers(values: dict, prefix: str = "") -> dict[str, float]:
 class Tracker:
     """Writes numbers by step to FOLDER/tensorboard/NAME or FOLDER/wandb, or nowhere. A resumed run extends its curves.
 
-    wandb is offline unless WANDB_API_KEY is set; WANDB_MODE overrides both.
+    wandb is offline unless WANDB_API_KEY is set; if WANDB_MODE is set, it decides instead.
     """
 
     def __init__(self, kind: str, folder: Path, name: str, config: dict, step: int):
@@ -52,7 +52,7 @@ class Tracker:
             self.run.log(numbers, step=step)
 
     def flush(self) -> None:
-        """Writes everything to disk. A saved state calls it, so that no curve has a gap before that state."""
+        """Writes everything to disk. Called before a state is saved, so that a resumed run's curves have no gap."""
         if self.writer:
             self.writer.flush()
 
