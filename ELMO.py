@@ -314,7 +314,7 @@ class Trainer:
         self.start_epoch(0)
         self.per_epoch = len(self.batches)                  # the same in every epoch: the lengths decide it
         self.interval = self.per_epoch                      # steps between evaluations
-        self.steps = round(config.epochs * self.per_epoch)
+        self.steps = max(1, round(config.epochs * self.per_epoch))
 
     def new_model(self, counts: np.ndarray) -> BiLM:
         """A model with random weights, a softmax bias of log frequencies, and Word2Vec's vectors if they are wanted."""
@@ -486,7 +486,7 @@ class ELMo:
         config = config or Config()
         if not texts:
             raise InputError("there is no text to train on; expected a list of strings")
-        config = replace(config, validation=min(config.validation, len(texts) // 10))
+        config = replace(config, rows=len(texts), validation=min(config.validation, len(texts) // 10))
         train_rows, validation_rows = split(len(texts), config.validation, config.seed)
         return cls.from_run(train(Trainer(config, Data.of(texts, config, train_rows, validation_rows), device)))
 
@@ -615,14 +615,14 @@ def pretrain(config: Config, options: Namespace) -> int:
     out = options.out
     publication = Publication("bilstm", config, options)
     data = Data.read(config, options.corpus, CACHE)
-    if publication.finished({"data": data.digest}):
-        return 0
-    trainer = Trainer(config, data, machine.find_device())
-    first = trainer.rank == 0
-    if first:
-        print(data.summary(), flush=True)
+    first = machine.join_processes()[0] == 0
     with folder_lock(out) if first else nullcontext():
-        run = train(trainer, publication.resume_file, options.resume)
+        if publication.finished({"data": data.digest}):
+            return 0
+        trainer = Trainer(config, data, machine.find_device())
+        if first:
+            print(data.summary(), flush=True)
+        run = train(trainer, publication.state_file(trainer.identity()), options.resume)
         if not run.finished:
             return 130
         if first:

@@ -43,7 +43,7 @@ train: setup    ## train the published AG News models and the baselines into mod
 	$(PY) classification.py --seeds 3 --overwrite --resume
 	$(PY) classification.py --finetune --seeds 3 --overwrite --resume
 	$(PY) classification.py --fields title+description --finetune --seeds 2 --overwrite --resume
-	$(PY) report/baselines.py --seeds 3
+	$(PY) report/baselines.py --seeds 3 --overwrite --resume
 
 tasks: setup    ## SST and NLI on the published biLM; $SST_DIR and $NLI_DIR name their folders
 	$(PY) classification.py --task sst5 --adapt 2 --overwrite --resume

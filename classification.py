@@ -593,13 +593,13 @@ def classify(config: Config, options: Namespace, make_vectors: Callable | None =
     begin = time.perf_counter()
     out = options.out
     name = stem or config.stem
-    publication = Publication(name, config, options)
+    publication = Publication(name, config, options, has_model=stem is None)
     elmo = ELMo.load(options.bilstm)
     task = read_task(config, elmo.config)
     source = {"data": task.digest, "bilm": elmo.digest}
-    if publication.finished(source):
-        return 0
     with folder_lock(out):
+        if publication.finished(source):
+            return 0
         runs = []
         if config.adapt:
             adapt_file = out / f"{name}.adapt.{elmo.digest[:12]}.resume.pt"
@@ -607,11 +607,12 @@ def classify(config: Config, options: Namespace, make_vectors: Callable | None =
             if not runs[0].finished:
                 return 130
             elmo = ELMo.from_run(runs[0])
+            source["adapted"] = checkpoint.digest({"weights": elmo.weights()})
         parts = {part: EncodedTexts(getattr(task, part), elmo, CACHE) for part in ("train", "validation", "test")}
         vectors = ELMoVectors(elmo.model) if make_vectors is None else make_vectors(config, elmo, task)
         print(f"{task.summary()}\nheads: {config.seeds} per setting ({', '.join(config.settings)})", flush=True)
         trainer = Trainer(config, vectors, parts, len(task.labels), source)
-        run = train(trainer, publication.resume_file, options.resume)
+        run = train(trainer, publication.state_file(trainer.identity()), options.resume)
         if not run.finished:
             return 130
         trainer.model.load_state_dict({key: value.half().float() for key, value in run.best.items()})
@@ -625,7 +626,7 @@ def classify(config: Config, options: Namespace, make_vectors: Callable | None =
         figures.classification(result, out, "" if name == "classifier" else name)
         write_json(publication.json, result)
         print(metrics.accuracy_table(result))
-        publication.complete([run.file for run in runs])
+        publication.complete([run.file for run in reversed(runs)])
     return 0
 
 

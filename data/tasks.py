@@ -160,12 +160,16 @@ def ag_news_part(table: pd.DataFrame, fields: str) -> Part:
 
 
 def ag_news_task(fields: str, validation: int, seed: int, first: int = 0) -> Task:
-    """AG News with the validation rows that ELMO.py takes from the `first` rows (0: all) of train.csv."""
+    """AG News with the validation rows that the biLM took from the `first` rows (0: all) of train.csv.
+
+    A biLM of other texts has more rows, or no validation rows; then they are drawn from all of train.csv.
+    """
     table = read_ag_news("train")
     test_table = read_ag_news("test")
     known = ag_news_part(table, fields)
     test = ag_news_part(test_table, fields)
-    _, validation_rows = split(first or len(known), validation, seed)
+    rows = first if validation and 0 < first <= len(known) else len(known)
+    _, validation_rows = split(rows, validation or min(4000, rows // 10), seed)
     train = known.take(np.setdiff1d(np.arange(len(known)), validation_rows))
     corpus = [text for text, in train.texts]
     fresh = fresh_rows(table.description, test_table.description)

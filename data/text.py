@@ -191,6 +191,8 @@ class Data:
         """SHA-256 of the vocabulary, of all tokens and of the numbers of the training rows."""
         sha = hashlib.sha256("\n".join(self.words.words).encode("utf-8", "surrogatepass"))
         sha.update(self.train.tobytes())
+        if self.encoded.chars is not None:              # then words of the same id can differ
+            sha.update("\n".join(self.encoded.tokens.types).encode("utf-8", "surrogatepass"))
         for encoded in (self.encoded, self.test[0]) if self.test else (self.encoded,):
             for part in (encoded.tokens.offsets, encoded.lookup, encoded.tokens.ids):
                 sha.update(np.ascontiguousarray(part).data)

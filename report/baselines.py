@@ -94,9 +94,7 @@ def make_vectors(kind: str, config: Config, elmo: ELMo, task: Task):
     if kind in PARTS:
         return PartOfELMo(elmo.model, kind)
     if kind == "untrained":
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            model = BiLM(elmo.config, len(elmo.words))              # of the same shape, with random weights
+        model = machine.seeded(config.seed, partial(BiLM, elmo.config, len(elmo.words)))        # random weights
         return ELMoVectors(model.requires_grad_(False).to(elmo.device))
     encoded = elmo.encode(task.corpus)
     data = Data(elmo.words, encoded, np.arange(len(encoded.tokens)), np.arange(0))
@@ -226,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.stem != "classifier":
         raise InputError("baselines are only for --task ag_news with descriptions; leave out --fields, --adapt and "
                          "--finetune")
-    publication = Publication("baselines", config, options)
+    publication = Publication("baselines", config, options, has_model=False)
     elmo = ELMo.load(options.bilstm)
     task = read_task(config, elmo.config)
     source = {"data": task.digest, "bilm": elmo.digest}

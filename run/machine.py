@@ -31,7 +31,9 @@ def find_device(name: str | torch.device | None = None) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:         # torch's errors for an unknown name, and for a missing GPU
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("no program was tried on it")
+    except (RuntimeError, AssertionError, TypeError) as error:      # torch's, for an unknown name or a missing GPU
         reason = one_line(error)[:80]
         raise InputError(f"device {str(name)!r} cannot be used ({reason}); expected cpu or, with a GPU, cuda") from None
     return device
@@ -63,7 +65,7 @@ def fast_bf16(device: torch.device) -> bool:
 
 def product_seconds(device: torch.device, dtype: torch.dtype) -> float:
     """Seconds of a product of two square matrices, the fastest of four runs; on a CPU by one thread."""
-    size = 4096 if device.type == "cuda" else 512
+    size = 4096 if device.type == "cuda" else 256
     matrix = torch.ones(size, size, dtype=dtype, device=device)
     times = []
     with torch_threads(1):

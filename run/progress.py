@@ -95,6 +95,8 @@ class Progress:
 
     def seconds_left(self) -> float:
         """The time left that the bar shows."""
+        if not self.shown:
+            return 0.0
         bar = self.bar.format_dict
         rate = bar["rate"] or (bar["n"] - bar["initial"]) / max(bar["elapsed"], 1e-9)
         return (self.steps - self.done) / max(rate, 1e-9)

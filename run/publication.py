@@ -7,6 +7,7 @@ from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
 
+from run.checkpoint import read_resume
 from run.files import InputError, read_json
 
 ADVICE = "choose another --out, or give --overwrite"
@@ -20,30 +21,38 @@ def options_of_weights(config) -> dict:
 
 
 class Publication:
-    """The files of a run in OUT: `json`, its numbers; OUT/{name}.pt, its weights; until it has ended, `resume_file`.
+    """The files of a run in OUT: `json`, its numbers; OUT/{name}.pt, its weights; until it has ended, resume files.
 
     options: out, resume and overwrite of the command line. Without --overwrite, InputError if OUT has the files of
     another run. Other options are noticed here, at once; other data or another biLM in `finished`, after reading them.
+    has_model: whether the run writes a .pt file.
     """
 
-    def __init__(self, name: str, config, options: Namespace):
+    def __init__(self, name: str, config, options: Namespace, has_model: bool = True):
+        self.config = config
+        self.has_model = has_model
         self.model = options.out / f"{name}.pt"
         self.json = options.out / f"{NUMBERS.get(name, name)}.json"
         self.resume_file = options.out / f"{name}.resume.pt"
         self.options = options
-        self.unfinished = options.resume and self.resume_file.exists()
+        stopped = list(options.out.glob(f"{name}.*resume.pt"))      # of the run itself, or of the adaptation before it
+        self.unfinished = options.resume and len(stopped) > 0
         if options.overwrite:
             return
         if self.json.exists():
-            self.check_options(config)
+            self.check_options()
         elif self.model.exists() and not self.unfinished:
             raise InputError(f"{self.model} exists, but not {self.json.name}, which would tell its options; {ADVICE}")
 
-    def check_options(self, config) -> None:
-        """Raises InputError if the numbers in the JSON are those of other options."""
+    def check_options(self) -> None:
+        """Raises InputError if the numbers in the JSON are those of other options, or of another precision."""
+        wanted = options_of_weights(self.config)
         with read_json(self.json) as result:
-            saved = asdict(type(config)()) | result["config"]       # the default of an option that the file lacks
-            for name, value in options_of_weights(config).items():
+            saved = asdict(type(self.config)()) | result["config"]      # the default of an option that the file lacks
+            if self.config.precision != "auto" and "precision" in result:
+                wanted["precision"] = self.config.precision
+                saved["precision"] = result["precision"].replace("bfloat16", "bf16").replace("float32", "fp32")
+            for name, value in wanted.items():
                 if saved[name] != value:
                     raise InputError(f"{self.json} is from a run with {name} = {saved[name]}, not {value}; {ADVICE}")
 
@@ -54,14 +63,25 @@ class Publication:
         """
         if self.options.overwrite or not self.json.exists():
             return False
+        self.check_options()            # again, because another run may have published since the start
         with read_json(self.json) as result:
             for name, other in (("data", "other data"), ("bilm", "another biLM")):
                 if name in source and result.get(name) != source[name]:
                     raise InputError(f"{self.json} is from a run on {other}; {ADVICE}")
-        if not self.options.resume or self.unfinished:
+        if not self.options.resume or self.unfinished or (self.has_model and not self.model.exists()):
             return False
         print(f"finished already: {self.json} has the numbers of this run")
         return True
+
+    def state_file(self, identity: dict) -> Path:
+        """The resume file. With --overwrite, one of another run is removed, so that this run starts anew."""
+        if self.options.overwrite and self.options.resume and self.resume_file.exists():
+            try:
+                read_resume(self.resume_file, identity)
+            except InputError as error:
+                print(f"starting anew, because {error}")
+                self.resume_file.unlink(missing_ok=True)
+        return self.resume_file
 
     def complete(self, resume_files: list[Path]) -> None:
         """Removes the resume files of a run that has written its results, and says where these are."""

@@ -9,6 +9,7 @@ from conftest import FILES, SCRIPTS, arguments, files, numbers, refused, snapsho
 import classification
 import ELMO
 from classification import Config
+from data.text import Data
 from run.files import write_json
 
 JSON = {"ELMO.py": "pretraining.json", "classification.py": "classification.json"}
@@ -110,6 +111,48 @@ def test_a_model_without_its_numbers_is_not_overwritten(builtin, out, name):
     sentence = refused(name, same_run(name, out), out)
     assert f"{FILES[name]} exists, but not {JSON[name]}" in sentence
     assert ADVICE in sentence
+
+
+def test_a_stopped_run_of_other_options_is_replaced_with_overwrite_and_refused_without(builtin, out, capsys):
+    (out / "pretraining.json").unlink()
+    (out / "bilstm.pt").rename(out / "bilstm.resume.pt")         # no state of this run
+    assert "is no checkpoint of this kind" in refused("ELMO.py", same_run("ELMO.py", out, "--resume"), out)
+    assert ELMO.main(same_run("ELMO.py", out, "--resume", "--overwrite")) == 0
+    assert "starting anew, because" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_run_without_its_model_is_not_finished(builtin, out, name):
+    before = (out / FILES[name]).read_bytes()
+    (out / FILES[name]).unlink()
+    assert SCRIPTS[name].main(same_run(name, out, "--resume")) == 0
+    assert len((out / FILES[name]).read_bytes()) == pytest.approx(len(before), rel=0.01)
+
+
+def test_another_precision_is_another_run(builtin, out):
+    message = refused("ELMO.py", same_run("ELMO.py", out, "--resume", "--precision", "fp32"), out)
+    assert "with precision = bf16, not fp32" in message
+
+
+def test_a_stopped_adaptation_is_not_finished(builtin, out, capsys):
+    shutil.copy(out / "bilstm.pt", out / "classifier.adapt.0123.resume.pt")
+    assert classification.main(same_run("classification.py", out, "--resume")) == 0
+    assert "finished already" not in capsys.readouterr().out
+
+
+def test_a_run_that_another_one_overtakes_is_refused(builtin, out, monkeypatch):
+    folder = out / "new"
+    digest = Data.digest.func
+
+    def publish_meanwhile(data):
+        """Another run publishes while this one reads its data."""
+        folder.mkdir(exist_ok=True)
+        result = numbers("pretraining", out)
+        write_json(folder / "pretraining.json", result | {"config": result["config"] | {"clip": 0.4}})
+        return digest(data)
+
+    monkeypatch.setattr(Data, "digest", property(publish_meanwhile))
+    assert ELMO.main(same_run("ELMO.py", folder)) == 2
 
 
 def test_a_damaged_json_is_named_and_can_be_overwritten(builtin, out):

@@ -223,7 +223,7 @@ def test_a_run_stops_if_any_process_was_asked_to(tmp_path, monkeypatch):
 def trained(corpus: Path, out: Path, *launch: str) -> dict[str, torch.Tensor]:
     """The weights of a short run in processes of its own, which `launch` starts."""
     short = ["--batch-tokens", "30", "--epochs", "0.04", "--dropout", "0.2", "--word-dropout", "0.1",
-             "--precision", "fp32"]
+             "--precision", "fp32", "--log-every", "2"]
     environment = os.environ | {"AG_NEWS_DIR": str(corpus), "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, *launch, str(ROOT / "ELMO.py"), *arguments("ELMO.py", out, out, *short)],
                    env=environment, check=True, timeout=300)
