@@ -528,9 +528,9 @@ def test_a_layer_that_does_not_learn_yet_has_no_gradient_and_no_share_of_the_nor
 def test_an_adapted_bilm_begins_with_the_weights_that_it_had(elmo, tmp_path):
     texts = ["the quagga sat on the mat .", "oil prices fall , said the quagga ."] * 10
     task = Task("sst2", ["a", "b"], Part.of([]), Part.of([]), Part.of([]), texts)
-    config = Config(task="sst2", adapt=1e-6)                        # no step
+    config = Config(task="sst2", adapt=1e-6, adapt_lr=0.0)          # one step that changes nothing
     run = classification.adapt(elmo, task, config, tmp_path / "resume.pt", resume=False)
-    assert run.step == 0
+    assert run.step == 1
     adapted = ELMO.ELMo.from_run(run)
     known = elmo.words.words
     assert adapted.words.words == [*known, "quagga"]
