@@ -43,6 +43,7 @@ from data.word2vec import unit_variance, word2vec
 from run import checkpoint, inference, machine, metrics, ngram
 from run.files import InputError, folder_lock, write_json
 from run.machine import autocast, upload
+from run.metrics import DIRECTIONS
 from run.optimization import Optimizers, check_loss, clip_gradients, dropout_mask, group, lr_factor
 from run.options import RUN_FLAGS, check_options, option, script, script_arguments
 from run.progress import Run
@@ -51,7 +52,6 @@ from run.publication import Publication, options_of_weights
 HERE = Path(__file__).resolve().parent
 FORMAT = "elmo-bilm-2"                  # of bilstm.pt; renamed whenever the file's meaning changes
 LAYERS = 2                              # LSTM layers of each direction
-DIRECTIONS = ("forward", "backward")
 INITIAL_STD = 0.05                      # of the word table's entries: rows of norm about 1 at P = 448
 MEASURED_TRAINING_ROWS = 4000
 
@@ -259,8 +259,8 @@ def score_batch(model: BiLM, encoded: Encoded, dtype: torch.dtype, details: bool
         x = model.represent(ids, encoded.chars)                                 # (2, T, B, P)
         for d in range(2):
             place, gold = predicted_tokens(y[d])
-            h = model.states(d, x[d])[-1].flatten(0, 1)[place.to(device)]       # (T, B, P) -> (N, P)
-            scores = metrics.full_softmax_nll(h, gold.to(device), model.table, model.bias, details)
+            h = model.states(d, x[d])[-1].flatten(0, 1)[upload(place, device)]  # (T, B, P) -> (N, P)
+            scores = metrics.full_softmax_nll(h, upload(gold, device), model.table, model.bias, details)
             directions.append((rows[place.numpy() % len(rows)], *(values.cpu().numpy() for values in scores)))
     return directions
 

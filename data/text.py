@@ -193,7 +193,10 @@ class Data:
         sha.update(self.train.tobytes())
         if self.encoded.chars is not None:              # then words of the same id can differ
             sha.update("\n".join(self.encoded.tokens.types).encode("utf-8", "surrogatepass"))
-        for encoded in (self.encoded, self.test[0]) if self.test else (self.encoded,):
+        corpora = [self.encoded]
+        if self.test is not None and self.test[0] is not self.encoded:
+            corpora.append(self.test[0])
+        for encoded in corpora:
             for part in (encoded.tokens.offsets, encoded.lookup, encoded.tokens.ids):
                 sha.update(np.ascontiguousarray(part).data)
         return sha.hexdigest()

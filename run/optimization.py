@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from run.files import InputError
 
 WARMUP = 0.03       # share of the steps in which the learning rate rises
+SLOWER = "start anew with lower learning rates (--lr and others, see --help)"
 MAX_NLL = 50.0      # nats per token or row, above which training has diverged; equal probabilities give log V, about 10
 
 
@@ -49,8 +50,7 @@ def check_loss(loss: Tensor | float, norm: Tensor | float, items: int, first: in
     if math.isfinite(norm) and nll <= MAX_NLL:
         return
     steps = f"step {first}" if first == last else f"one of the steps {first} to {last}"
-    raise InputError(f"the loss diverged at {steps}: it is {nll:.4g}, and the gradient norm {norm:.4g}; start anew "
-                     "with lower learning rates (--lr and others, see --help)")
+    raise InputError(f"the loss diverged at {steps}: it is {nll:.4g}, and the gradient norm {norm:.4g}; {SLOWER}")
 
 
 class Optimizers:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from run.checkpoint import read_resume, write_resume
 from run.files import InputError, one_line
 from run.machine import sum_over_processes
-from run.optimization import MAX_NLL, check_loss
+from run.optimization import MAX_NLL, SLOWER, check_loss
 from run.tracker import Tracker
 
 
@@ -84,7 +84,7 @@ class Progress:
         speed = self.items / seconds
         figures = f"loss {nll:.3f}  {speed:,.0f} {self.unit}/s"
         if self.unit == "tokens":
-            figures += f"  perplexity {math.exp(min(nll, 50)):.1f}"
+            figures += f"  perplexity {math.exp(nll):.1f}"
         self.bar.set_postfix_str(figures, refresh=False)
         self.bar.update(steps)
         if self.done % self.log_every == 0:
@@ -213,7 +213,7 @@ class Run:
         loss, entry, sentence = evaluate(self.loss / max(1, self.items))
         if not loss <= MAX_NLL:
             raise InputError(f"the loss diverged: it is {loss:.4g} on the validation rows after step {self.step:,}; "
-                             "start anew with lower learning rates (--lr and others, see --help)")
+                             f"{SLOWER}")
         if loss < self.lowest:
             self.lowest = loss
             self.best = {name: value.clone() for name, value in self.trainer.model.state_dict().items()}
