@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import classification
 import ELMO
@@ -19,6 +19,7 @@ from data.ag_news import read_csv
 from data.tasks import EncodedTexts, Part
 from run import figures
 from run.files import write_atomically
+from run.optimization import Optimizers
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"ELMO.py": ELMO, "classification.py": classification}
@@ -36,7 +37,7 @@ hidden = pytest.MonkeyPatch()
 
 
 def hide_gpu() -> None:
-    """Lets torch and child processes say that there is no GPU, so that results do not depend on the machine."""
+    """Hides the GPU from torch and from child processes, so that results do not depend on the machine."""
     hidden.setattr(torch.cuda, "is_available", lambda: False)
     hidden.setenv("CUDA_VISIBLE_DEVICES", "")
 
@@ -64,7 +65,7 @@ def save_empty(figure, path: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def figures_are_empty(request, monkeypatch) -> None:
-    """Only tests marked `figures` draw; so does `whole`, because a fixture of the session is made before this one."""
+    """Tests that are not marked `figures` do not draw. `whole` does: session fixtures are made before this one."""
     if request.node.get_closest_marker("figures") is None:
         monkeypatch.setattr(figures, "save", save_empty)
 
@@ -77,7 +78,7 @@ def tiny(**options) -> ELMO.Config:
 
 
 def encoded(sentences: list[str], **options) -> ELMO.Data:
-    """Data of whitespace-ready sentences, all of them training rows."""
+    """Data of sentences whose tokens are split by spaces; all of them are training rows."""
     return ELMO.Data.of(sentences, tiny(**options), np.arange(len(sentences)), np.arange(0))
 
 
@@ -90,6 +91,21 @@ def trainer_of(elmo: ELMO.ELMo, **options) -> classification.Trainer:
     small = {"hidden": 6, "batch_tokens": 60, "precision": "fp32", "log_every": 10_000}
     config = classification.Config(**small | options)
     return classification.Trainer(config, classification.ELMoVectors(elmo.model), parts, 4)
+
+
+def gradients_of_update(trainer, step: int, module: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
+    """The gradients of a module's weights, by name, by which the optimizers update them in a step, after clipping."""
+    found = {}
+
+    def record(optimizer, args, kwargs):
+        """Copies all gradients."""
+        for name, weight in module.named_parameters():
+            if weight.grad is not None:
+                found[name] = weight.grad.to_dense().clone()
+
+    optimizers.optimizers[0].register_step_pre_hook(record)             # called before anything is updated
+    trainer.step(step)
+    return found
 
 
 def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
@@ -126,7 +142,7 @@ def labelled(file: Path, rows=slice(None)) -> tuple[list[str], np.ndarray]:
 
 @pytest.fixture
 def builtin(corpus, monkeypatch) -> Path:
-    """The same with $AG_NEWS_DIR naming it, for main(argv) in this process."""
+    """The folder `corpus`; $AG_NEWS_DIR names it, so that main(argv) in this process reads it."""
     monkeypatch.setenv("AG_NEWS_DIR", str(corpus))
     return corpus
 

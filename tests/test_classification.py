@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SENTENCES, changed, classifier, tiny, trainer_of
+from conftest import SENTENCES, changed, classifier, gradients_of_update, tiny, trainer_of
 from pytest import approx
 from torch import Tensor, nn
 
@@ -14,7 +14,7 @@ import classification
 import ELMO
 from classification import SETTINGS, Config, Head, Trainer
 from data.tasks import Part, Task
-from run.optimization import dropout_mask, update_average
+from run.optimization import dropout_mask
 
 Weights = dict[str, Tensor]
 
@@ -110,17 +110,6 @@ def test_logits_of_a_padded_batch_equal_those_of_each_text_by_itself_and_of_plai
         own_masks = (masks[0][n:n + 1], masks[1][:, rows])
         by_itself = head(layers[:, :, rows], lengths[rows], own_masks)
         assert torch.allclose(by_itself[0], expected, atol=1e-5)
-
-
-def test_the_states_of_both_directions_are_in_reading_order():
-    head = Head(Config(hidden=5), "trainable", 3, 8, classes=4).initialize(0)
-    x = torch.randn(6, 2, 8, generator=torch.Generator().manual_seed(0))        # (T, B, width)
-    lengths = torch.tensor([6, 3])
-    h = head.read(x, lengths)                                                   # (2, T, B, H)
-    for b, n in enumerate(lengths):
-        forward, backward = plain_states(head.state_dict(), x[:n, b])
-        assert torch.allclose(h[0, :n, b], forward, atol=1e-6)
-        assert torch.allclose(h[1, :n, b], backward, atol=1e-6)
 
 
 def test_states_of_both_directions_are_in_reading_order_and_padding_comes_after_them():
@@ -221,17 +210,6 @@ def test_heads_of_one_seed_share_every_weight_of_the_same_shape_but_w(elmo):
     assert not torch.equal(frozen["forward_lstm.weight_hh_l0"], frozen["backward_lstm.weight_hh_l0"])
     drawn = {name for name in frozen if "weight" in name}
     assert changed(frozen, heads["frozen-8"]) == drawn | {"mix.w"}
-
-
-def test_heads_draw_equal_dropout_masks_from_the_same_random_numbers(elmo):
-    masks = []
-    for learner in trainer_of(elmo).learners.values():
-        generator = torch.Generator().manual_seed(5)
-        masks.append(learner.modules["head"].dropout_masks(4, generator))
-    trainable, frozen, function = masks
-    assert torch.equal(trainable[0], frozen[0])
-    assert torch.equal(trainable[0], function[0])                   # of the pooled text
-    assert torch.equal(trainable[1], frozen[1])                     # of the mix
 
 
 def test_dropout_removes_a_share_of_the_units_and_scales_the_others_so_that_their_mean_stays():
@@ -359,18 +337,6 @@ def test_training_equals_a_plain_loop_with_adamw(elmo):
         assert torch.allclose(weight, head.state_dict()[name], atol=1e-5), name
 
 
-def test_the_average_of_a_weight_rises_to_its_decay():
-    module = nn.Linear(1, 1)
-    average = nn.Linear(1, 1)
-    averages = []
-    for count, value in enumerate((1.0, 2.0, 3.0)):
-        module.weight.data.fill_(value)
-        update_average(average, module, count, 0.15)
-        averages.append(average.weight.item())
-    # the first value; 0.1 * 1 + 0.9 * 2; then 2/11 is more than 0.15: 0.15 * 1.9 + 0.85 * 3
-    assert averages == approx([1.0, 1.9, 2.835])
-
-
 def test_newest_weights_are_evaluated_at_first_and_then_averages_of_every_tenth_step_and_the_last(elmo):
     trainer = trainer_of(elmo, setting="function", ema=0.15)
     trainer.steps = 23
@@ -484,24 +450,6 @@ def test_a_sentence_loses_the_same_units_of_a_bilm_that_learns_at_every_position
     assert torch.allclose(h[0], 2 * x * ~lost[0]), "units that stay are scaled"
 
 
-def gradients_of_update(trainer: Trainer, step: int) -> dict[str, dict[str, Tensor]]:
-    """For "head" and "bilm", the gradients of all weights by which a step updates them, after clipping."""
-    learner = trainer.learners["trainable-0"]
-    found = {}
-
-    def record(optimizer, args, kwargs):
-        """Copies all gradients."""
-        for part, module in learner.modules.items():
-            found[part] = {}
-            for name, weight in module.named_parameters():
-                if weight.grad is not None:
-                    found[part][name] = weight.grad.to_dense().clone()
-
-    learner.optimizers.optimizers[0].register_step_pre_hook(record)     # called before anything is updated
-    trainer.step(step)
-    return found
-
-
 def norm_of(gradients: dict[str, Tensor]) -> float:
     """The norm of all gradients as one vector."""
     flat = [gradient.flatten() for gradient in gradients.values()]
@@ -510,14 +458,18 @@ def norm_of(gradients: dict[str, Tensor]) -> float:
 
 def test_the_gradients_of_a_head_and_of_its_bilm_are_clipped_apart(elmo):
     trainer = trainer_of(elmo, finetune=True, unfreeze=0.0, clip=0.001)
-    for gradients in gradients_of_update(trainer, 0).values():
-        assert norm_of(gradients) == approx(0.001, rel=1e-4)
+    learner = trainer.learners["trainable-0"]
+    gradients = gradients_of_update(trainer, 0, learner.modules, learner.optimizers)
+    for part in ("head", "bilm"):
+        of_part = {name: gradient for name, gradient in gradients.items() if name.startswith(part)}
+        assert norm_of(of_part) == approx(0.001, rel=1e-4)
 
 
 def test_a_layer_that_does_not_learn_yet_has_no_gradient_and_no_share_of_the_norm(elmo):
     trainer = trainer_of(elmo, finetune=True, unfreeze=0.25, clip=0.001)
     trainer.steps = 40
-    bilm = gradients_of_update(trainer, 15)["bilm"]
+    learner = trainer.learners["trainable-0"]
+    bilm = gradients_of_update(trainer, 15, learner.modules["bilm"], learner.optimizers)
     for name in bilm:
         assert "lstms.1" in name
     assert "forward_lstms.1.weight_ih_l0" in bilm
