@@ -14,9 +14,11 @@ E sampled words, H cells of an LSTM, P width of x and of every layer's output, D
     python ELMO.py                                  the published run: models/bilstm.pt, pretraining.json and figures
     python ELMO.py --resume                         resume after an interruption, to the same weights bit for bit
     python ELMO.py --corpus PATH --out FOLDER       train on any plain text: a file, or a folder of .txt and .gz
-    python ELMO.py --embed FILE --npz FILE          write the three layers' vectors of a file's lines
+    python ELMO.py --start FILE --corpus PATH --out FOLDER      go on from a trained biLM, on other texts
+    python ELMO.py --embed FILE --out-file NAME.npy     write the vectors of a file's lines
     torchrun --nproc_per_node=2 ELMO.py             the same run, each batch shared by two processes
 """
+import copy
 import math
 import re
 import sys
@@ -35,17 +37,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.ag_news import CACHE, check_texts, checked_texts, split
+from data.ag_news import CACHE, split
 from data.batches import Sampler, batches, collate, predicted_tokens, reverse_within_lengths
 from data.characters import CharacterCNN
-from data.text import PAD, SPECIAL, Data, Encoded, Vocabulary, tokenize, tokenize_texts
+from data.corpus import writable
+from data.inputs import Text, check_texts, check_weights, checked_texts
+from data.text import PAD, SPECIAL, Data, Encoded, Vocabulary, tokenize, tokenize_texts, warn_of_unknown
 from data.word2vec import unit_variance, word2vec
 from run import checkpoint, inference, machine, metrics, ngram
 from run.files import InputError, folder_lock, write_json
+from run.inference import EMBED_FLAGS
 from run.machine import autocast, upload
 from run.metrics import DIRECTIONS
 from run.optimization import Optimizers, check_loss, clip_gradients, dropout_mask, group, lr_factor
-from run.options import RUN_FLAGS, check_options, option, script, script_arguments
+from run.options import RUN_FLAGS, check_options, option, script, script_arguments, take_options
 from run.progress import Run
 from run.publication import Publication, options_of_weights
 
@@ -54,6 +59,7 @@ FORMAT = "elmo-bilm-2"                  # of bilstm.pt; renamed whenever the fil
 LAYERS = 2                              # LSTM layers of each direction
 INITIAL_STD = 0.05                      # of the word table's entries: rows of norm about 1 at P = 448
 MEASURED_TRAINING_ROWS = 4000
+MODEL_OPTIONS = ("representation", "width", "hidden", "freeze_word2vec")      # those that --start takes from its file
 
 
 # ---------------------------------------------------------------------------------------------------- options
@@ -120,6 +126,7 @@ class BiLM(nn.Module):
     def __init__(self, config: Config, vocabulary_size: int):
         super().__init__()
         self.config = config
+        self.sparse = True              # the table's gradient holds only the rows that were looked up
         self.table = nn.Parameter(INITIAL_STD * torch.randn(vocabulary_size, config.width))
         self.bias = nn.Parameter(torch.zeros(vocabulary_size, 1))
         if config.representation == "char":
@@ -162,7 +169,7 @@ class BiLM(nn.Module):
             return F.embedding(upload(place, device), self.characters(upload(chars[types], device)).float())
         ids = upload(ids, device)
         if self.config.tied:
-            return F.embedding(ids, self.table, sparse=True)                # the gradient holds only the rows of ids
+            return F.embedding(ids, self.table, sparse=self.sparse)
         return F.embedding(ids, self.static)
 
     def states(self, d: int, x: Tensor, masks: Sequence[Tensor] | None = None) -> list[Tensor]:
@@ -293,15 +300,17 @@ class Trainer:
     """
     unit = "tokens"                 # of the progress bar
 
-    def __init__(self, config: Config, data: Data, device: torch.device):
+    def __init__(self, config: Config, data: Data, device: torch.device, start: "ELMo | None" = None):
         self.config = config
         self.data = data
         self.device = device
+        self.start = start                                  # the biLM to go on from; its words have the first ids
         self.rank, self.world = machine.join_processes()
         self.dtype = machine.compute_dtype(config.precision, device)
         machine.keep_freed_memory()                         # saves up to a quarter of a step
         self.workers = machine.Workers(2, device)
         counts = data.counts()
+        warn_of_unknown(data.encoded.unknown(data.train), "training tokens")
         self.model = self.new_model(counts).to(device)
         self.sparse = [self.model.table, self.model.bias]       # their gradients hold only the rows that a step used
         self.dense = [weight for name, weight in self.model.named_parameters()
@@ -317,7 +326,10 @@ class Trainer:
         self.steps = max(1, round(config.epochs * self.per_epoch))
 
     def new_model(self, counts: np.ndarray) -> BiLM:
-        """A model with random weights, a softmax bias of log frequencies, and Word2Vec's vectors if they are wanted."""
+        """A model with random weights, a softmax bias of log frequencies, and Word2Vec's vectors if they are wanted.
+
+        With `start`, all weights are those of that biLM, except the rows of new words in table and bias.
+        """
         model = machine.seeded(self.config.seed, partial(BiLM, self.config, len(self.data.words)))
         model.bias.data[:, 0] = torch.from_numpy(np.log(np.maximum(counts, 0.5) / counts.sum()))
         if self.config.representation == "word2vec":
@@ -325,6 +337,10 @@ class Trainer:
             table = model.table if self.config.tied else model.static
             if vectors:
                 table.data[list(vectors)] = INITIAL_STD * torch.from_numpy(unit_variance(vectors))
+        if self.start is not None:
+            trained = self.start.model.state_dict()
+            for name, value in model.state_dict().items():
+                value[:len(trained[name])] = trained[name]
         return model
 
     def start_epoch(self, epoch: int) -> None:
@@ -402,7 +418,8 @@ class Trainer:
 
     def identity(self) -> dict:
         """What a resumed run must share with the run that it continues."""
-        return options_of_weights(self.config) | {"format": FORMAT, "data": self.data.digest}
+        start = self.start.digest if self.start else None
+        return options_of_weights(self.config) | {"format": FORMAT, "data": self.data.digest, "start": start}
 
     def state(self) -> dict:
         """Everything that the next step depends on, beside the identity."""
@@ -437,12 +454,26 @@ def train(trainer: Trainer, resume_file: Path | None = None, resume: bool = Fals
     return run
 
 
+def adapt(start: "ELMo", texts: Sequence[Text], config: Config, cache: Path | None = None, file: Path | None = None,
+          resume: bool = False) -> Run:
+    """Trains a biLM further on other texts, a tenth of them validation rows (section 3.4 of the paper).
+
+    Words that occur `config.min_count` times in the training rows and are new to the biLM join its vocabulary.
+    """
+    tokens = tokenize_texts(texts, cache)
+    train_rows, validation_rows = split(len(tokens), len(tokens) // 10, config.seed)
+    data = Data.of_tokens(tokens, config, train_rows, validation_rows, start.words)
+    return train(Trainer(config, data, start.device, start), file, resume)
+
+
 # ------------------------------------------------------------------------------------------------------- ELMo
 class ELMo:
     """A trained biLM: texts in, the three layers' vectors or perplexities out.
 
         elmo = ELMo.load("models/bilstm.pt")
         elmo.embed(["Oil prices fall."])[0]         # (3, 4, D): layer 0 is [x ; x], layers 1 and 2 [forward ; backward]
+
+    A text is a string, or a list of tokens, which are normalized and lower-cased but never split: one vector per token.
     """
 
     def __init__(self, config: Config, words: Vocabulary, model: BiLM, history=(), scores=None, digest=None):
@@ -479,8 +510,11 @@ class ELMo:
         return cls(config, Vocabulary(words), model.to(device), *about)
 
     @classmethod
-    def train(cls, texts: Sequence[str], config: Config | None = None, device: str | None = None) -> "ELMo":
-        """Trains a biLM on any texts, as the script does. A tenth, at most `validation`, picks the epoch."""
+    def train(cls, texts: Sequence[Text], config: Config | None = None, device: str | None = None) -> "ELMo":
+        """Trains a biLM on any texts, as the script does. A tenth, at most `validation`, picks the epoch.
+
+        Ctrl-C raises KeyboardInterrupt.
+        """
         device = machine.find_device(device)
         texts = check_texts(texts)
         config = config or Config()
@@ -490,9 +524,25 @@ class ELMo:
         train_rows, validation_rows = split(len(texts), config.validation, config.seed)
         return cls.from_run(train(Trainer(config, Data.of(texts, config, train_rows, validation_rows), device)))
 
+    def adapt(self, texts: Sequence[Text], epochs: float = 2.0, lr: float = 2e-3, seed: int = 0) -> "ELMo":
+        """A new ELMo, trained further on these texts; see `adapt` above. lr: peak learning rate of all weights.
+
+        Words that occur twice join the vocabulary. Ctrl-C raises KeyboardInterrupt.
+        """
+        texts = check_texts(texts)
+        if not texts:
+            raise InputError("there is no text to train on; expected a list of texts")
+        config = replace(self.config, epochs=epochs, lr=lr, table_lr=lr, seed=seed, min_count=2)
+        return ELMo.from_run(adapt(self, texts, config))
+
     @classmethod
     def from_run(cls, run: Run) -> "ELMo":
-        """The best weights of a run, rounded to half precision as in the file, so that these are what is measured."""
+        """The best weights of a run, rounded to half precision as in the file, so that these are what is measured.
+
+        KeyboardInterrupt if the run was stopped.
+        """
+        if not run.finished:
+            raise KeyboardInterrupt
         trainer = run.trainer
         best = run.best or trainer.model.state_dict()
         trainer.model.load_state_dict({name: value.half().float() for name, value in best.items()})
@@ -508,19 +558,24 @@ class ELMo:
         """Half-precision weights, named as in the file: "forward.0.weight_ih_l0" for forward_lstms.0.weight_ih_l0."""
         return {name.replace("_lstms.", "."): value.cpu().half() for name, value in self.model.state_dict().items()}
 
-    def tokenize(self, text: str) -> list[str]:
-        """["oil", "prices", "fall", "."] for "Oil prices fall."."""
+    def tokenize(self, text: Text) -> list[str]:
+        """["oil", "prices", "fall", "."] for "Oil prices fall."; of given tokens as many as there are."""
         return tokenize(text)
 
-    def encode(self, texts: Sequence[str]) -> Encoded:
+    def encode(self, texts: Sequence[Text]) -> Encoded:
         """Texts as `collate` and `score_rows` take them."""
         return Encoded.of(tokenize_texts(texts), self.words, self.config.representation)
 
-    def embed(self, texts: Sequence[str], precision: str = "fp32") -> list[Tensor]:
-        """One (3, tokens, D) float32 CPU tensor per text, without boundary symbols; (3, 0, D) if it has no tokens."""
-        return list(self.embed_stream(check_texts(texts), precision))
+    def embed(self, texts: Sequence[Text], precision: str = "fp32", layers: str | int = "all") -> list[Tensor]:
+        """One float32 CPU tensor per text, without boundary symbols; no tokens, no vectors: (3, 0, D) or (0, D).
 
-    def embed_stream(self, texts: Iterable[str], precision: str = "fp32", window: int = 512) -> Iterator[Tensor]:
+        layers: "all" gives (3, tokens, D); "average", "top", 0, 1 and 2 give (tokens, D). InputError names a text that
+        is neither a string nor a list of tokens.
+        """
+        return list(self.embed_stream(check_texts(texts), precision, layers=layers))
+
+    def embed_stream(self, texts: Iterable[Text], precision: str = "fp32", window: int = 512,
+                     layers: str | int = "all") -> Iterator[Tensor]:
         """The same tensors one by one, in order, from any iterable; memory holds `window` texts at a time.
 
         precision: "fp32", or "bf16", which is used only if it is faster on this machine, otherwise fp32.
@@ -528,36 +583,108 @@ class ELMo:
         texts = checked_texts(texts)
         if precision not in ("fp32", "bf16"):
             raise InputError(f"precision is {precision!r}; expected fp32 or bf16")
+        inference.check_layers(layers, LAYERS)
         fast = precision == "bf16" and machine.fast_bf16(self.device)
         dtype = torch.bfloat16 if fast else torch.float32
-        return self.embed_windows(texts, dtype, window)
+        return self.embed_windows(texts, dtype, window, layers)
 
-    def embed_windows(self, texts: Iterator[str], dtype: torch.dtype, window: int) -> Iterator[Tensor]:
+    def embed_windows(self, texts: Iterator[Text], dtype: torch.dtype, window: int,
+                      layers: str | int) -> Iterator[Tensor]:
         """The tensors of all texts, `window` texts at a time, computed in batches of about equal length."""
         while chunk := list(islice(texts, window)):
             encoded = self.encode(chunk)
             parts = batches(encoded.lengths, 1500 if self.device.type == "cpu" else 6000)
-            found = machine.map_on_cores(partial(self.embed_batch, encoded, dtype), parts, self.device)
+            found = machine.map_on_cores(partial(self.embed_batch, encoded, dtype, layers), parts, self.device)
             vectors = list(chain.from_iterable(found))
             for place in np.argsort(np.concatenate(parts)):         # where the vectors of row 0, 1, .. stand
                 yield vectors[place]
 
     @torch.no_grad()
-    def embed_batch(self, encoded: Encoded, dtype: torch.dtype, rows: np.ndarray) -> list[Tensor]:
-        """One (3, tokens, D) float32 CPU tensor per row."""
+    def embed_batch(self, encoded: Encoded, dtype: torch.dtype, layers: str | int, rows: np.ndarray) -> list[Tensor]:
+        """One float32 CPU tensor per row: (3, tokens, D), or (tokens, D) of a chosen layer."""
         ids, _ = collate(encoded, rows)
         lengths = torch.from_numpy(encoded.lengths[rows])
         h = self.model.contextual(ids, lengths, encoded.chars, dtype)
-        h = h.transpose(1, 2).float().cpu()                                                 # (3, B, T - 1, D)
-        return [h[:, b, :n].clone() for b, n in enumerate(lengths)]
+        h = inference.choose_layers(h.float(), layers).transpose(-3, -2).cpu()              # (.., B, T - 1, D)
+        return [h[..., b, :n, :].clone() for b, n in enumerate(lengths)]
 
-    def score(self, texts: Sequence[str]) -> dict:
-        """{"forward": {"nll", "tokens", "perplexity"}, "backward": ..} of all texts by the full softmax.
+    def sentences(self, texts: Sequence[Text], precision: str = "fp32") -> Tensor:
+        """(N, D) float32 CPU tensor: the mean over tokens of the average layer; zeros if there is none."""
+        out = torch.zeros(len(texts), 2 * self.config.width)
+        for i, vectors in enumerate(self.embed_stream(texts, precision, layers="average")):
+            out[i] = vectors.sum(dim=0) / max(1, len(vectors))
+        return out
 
-        nll is summed over the tokens, end symbols included, in nats.
+    def score(self, texts: Sequence[Text], per_text: bool = False) -> dict | list[dict]:
+        """{"forward": {"nats", "tokens", "unknown", "perplexity"}, "backward": ..} of all texts by the full softmax.
+
+        nats: negative log-likelihood, summed over the tokens; tokens: their number, with an end symbol per text;
+        unknown: how many of them are <unk>, with a warning from a fifth on. per_text: a list, one dictionary per text.
         """
         encoded = self.encode(check_texts(texts))
-        return score_rows(self.model, encoded, np.arange(len(encoded.tokens))).totals()
+        rows = np.arange(len(encoded.tokens))
+        warn_of_unknown(encoded.unknown(), "tokens")
+        scores = score_rows(self.model, encoded, rows)
+        if per_text:
+            return [scores.totals(encoded.unknown_tokens, slice(row, row + 1)) for row in rows]
+        return scores.totals(encoded.unknown_tokens)
+
+    def layer(self, mix: str | Sequence[float] = "trainable", finetune: bool = False) -> "ELMoLayer":
+        """An nn.Module for a model of your own: texts -> vectors (B, T, D), mask (B, T); see ELMoLayer."""
+        return ELMoLayer(self, mix, finetune)
+
+
+class ELMoLayer(ScalarMix):
+    """ELMo as a part of another model: texts -> their mixed layers.
+
+        layer = elmo.layer()
+        vectors, mask = layer(["Oil prices fall.", ["Goal", "!"]])      # (2, 4, D), (2, 4): True for tokens
+
+    mix: "trainable": w and gamma learn. "frozen": w is drawn at random, by torch's generator, and nothing learns. Three
+    numbers: the weights of the layers, which stay. finetune: a copy of the biLM learns too, its word table with dense
+    gradients, which every optimizer takes. Otherwise the biLM is no part of parameters() and state_dict(). There is no
+    dropout. InputError for another mix, and for what is no text.
+    """
+
+    def __init__(self, elmo: ELMo, mix: str | Sequence[float], finetune: bool):
+        super().__init__()
+        self.words = elmo.words
+        self.finetune = finetune
+        bilm = copy.deepcopy(elmo.model)
+        if finetune:
+            self.bilm = bilm.set_trainable().train()
+            bilm.sparse = False
+            bilm.bias.requires_grad_(False)                                 # it is for the softmax, which is not used
+            bilm.table.requires_grad_(bilm.config.tied)
+        else:
+            self.__dict__["bilm"] = bilm        # by `self.bilm = bilm`, nn.Module would make it a part of this module
+        if mix == "frozen":
+            nn.init.normal_(self.w)
+        elif mix != "trainable":
+            weights = torch.tensor(check_weights(mix, LAYERS + 1))
+            self.gamma.data = weights.sum()
+            self.w.data = (weights / self.gamma.data).log()                 # so that gamma softmax(w) is `weights`
+        for parameter in (self.w, self.gamma):
+            parameter.requires_grad_(mix == "trainable")
+
+    def _apply(self, move: Callable, recurse: bool = True) -> "ELMoLayer":
+        """What .to(device) calls: also for a biLM that is no part of this module."""
+        if not self.finetune:
+            self.bilm._apply(move, recurse)
+        return super()._apply(move, recurse)
+
+    def forward(self, texts: Sequence[Text]) -> tuple[Tensor, Tensor]:
+        """(B, T, D) vectors, zeros at padding, and (B, T) bool mask, True for tokens."""
+        texts = check_texts(texts)
+        if not texts:
+            raise InputError("there is no text; expected a list of texts")
+        encoded = Encoded.of(tokenize_texts(texts), self.words, self.bilm.config.representation)
+        ids, _ = collate(encoded, np.arange(len(texts)))                                    # (2, T + 1, B)
+        lengths = torch.from_numpy(encoded.lengths)
+        layers = self.bilm.contextual(ids, lengths, encoded.chars)                          # (3, T, B, D)
+        mask = upload(torch.arange(layers.shape[1]) < lengths[:, None], layers.device)      # (B, T)
+        vectors = super().forward(layers).transpose(0, 1)                                   # (B, T, D)
+        return vectors * mask[:, :, None], mask
 
 
 # ------------------------------------------------------------------------------------------------ publication
@@ -583,9 +710,9 @@ def publish(run: Run, out: Path, seconds: float) -> None:
     """Measures a finished run and writes OUT/bilstm.pt, the figures and OUT/pretraining.json.
 
     Besides `machine.provenance`, pretraining.json has: tokens_per_second (training, both directions), vocabulary,
-    parameters, file_mb, digest (of bilstm.pt), data (digest of the tokens), unknown (share of <unk>), history of the
-    epochs, splits.{train (a sample), validation, test}: rows, tokens, unigram_perplexity, and for each direction the
-    metrics of `run.metrics.Scores` and kneser_ney_perplexity; `fresh` has the same without near copies of training
+    parameters, file_mb, digest (of bilstm.pt), data (digest of the tokens), start (digest of the biLM of --start),
+    unknown (share of <unk>), history of the epochs, splits.{train (a sample), validation, test}: rows, tokens,
+    unigram_perplexity, and for each direction the metrics of `run.metrics.Scores` and kneser_ney_perplexity; `fresh` has the same without near copies of training
     rows; confusion {words, counts}: of the forward model on test rows, rows gold, columns predicted. `splits` was
     measured with the half-precision weights of the file.
     """
@@ -602,6 +729,8 @@ def publish(run: Run, out: Path, seconds: float) -> None:
         "file_mb": (out / "bilstm.pt").stat().st_size / 1e6, "digest": elmo.digest,
         "data": trainer.data.digest, "unknown": trainer.data.unknown(), "history": elmo.history, "splits": splits,
         "confusion": confusion}
+    if trainer.start is not None:
+        result["start"] = trainer.start.digest
     from run import figures  # imported here, because Matplotlib takes a while
     figures.pretraining(result, out)
     write_json(out / "pretraining.json", result)
@@ -613,13 +742,17 @@ def pretrain(config: Config, options: Namespace) -> int:
     """Runs the command: reads AG News or --corpus, trains, measures, writes OUT. Returns the exit status."""
     begin = time.perf_counter()
     out = options.out
+    start = ELMo.load(options.start) if options.start else None
+    if start is not None:
+        config = take_options(config, start.config, MODEL_OPTIONS, options.given, options.start)
     publication = Publication("bilstm", config, options)
-    data = Data.read(config, options.corpus, CACHE)
+    cache = CACHE if options.corpus is None or writable(CACHE) else out / "cache"
+    data = Data.read(config, options.corpus, cache, start and start.words, options.tokenized)
     first = machine.join_processes()[0] == 0
     with folder_lock(out) if first else nullcontext():
-        if publication.finished({"data": data.digest}):
+        if publication.finished({"data": data.digest, "start": start and start.digest}):
             return 0
-        trainer = Trainer(config, data, machine.find_device())
+        trainer = Trainer(config, data, machine.find_device(), start)
         if first:
             print(data.summary(), flush=True)
         run = train(trainer, publication.state_file(trainer.identity()), options.resume)
@@ -634,15 +767,14 @@ def pretrain(config: Config, options: Namespace) -> int:
 @script("ELMO.py")
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, 2 for an input that the user can fix, 130 after Ctrl-C."""
-    config, options = script_arguments(argv, Config, "ELMO.py", __doc__, HERE / "models", RUN_FLAGS | {
+    config, options = script_arguments(argv, Config, "ELMO.py", __doc__, HERE / "models", RUN_FLAGS | EMBED_FLAGS | {
         "--corpus": {"metavar": "PATH", "help": "train on the lines of this file, or of a folder's .txt and .gz files"},
-        "--embed": {"metavar": "FILE", "help": "write the vectors of this file's lines instead of training"},
-        "--npz": {"metavar": "FILE", "help": "the file that --embed writes"},
-        "--float32": {"action": "store_true", "help": "--embed: compute in fp32 and write float32, not float16"}})
-    if options.embed is None and options.npz is None:
+        "--start": {"metavar": "FILE", "help": "go on from this biLM: its weights, words and model options"},
+        "--tokenized": {"action": "store_true", "help": "--corpus, --embed: the text has spaces between its tokens"}})
+    if options.embed is None and options.out_file is None:
         return pretrain(config, options)
     load = partial(ELMo.load, options.out / "bilstm.pt")
-    inference.embed_file(load, options.embed, options.npz, config.precision, options.float32)
+    inference.embed_file(load, config.precision, options)
     return 0
 
 

@@ -33,10 +33,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ELMO
-from data.ag_news import CACHE, split
+from data.ag_news import CACHE
 from data.batches import batches, collate, reverse_within_lengths
+from data.inputs import Text
 from data.tasks import EncodedTexts, Part, Task, check_rows, read_task
-from data.text import Data, Encoded, Vocabulary, tokenize_texts
+from data.text import Encoded
 from ELMO import BiLM, ELMo, ScalarMix
 from run import checkpoint, inference, machine, metrics
 from run.files import InputError, folder_lock, write_json
@@ -482,28 +483,36 @@ class Classifier:
             head.load_state_dict(checkpoint.weights_of(content["weights"], f"{setting}."), assign=True)
             return cls(config, [str(label) for label in content["labels"]], head.to(vectors.device), elmo)
 
-    def predict(self, texts: Sequence[str | tuple[str, str]], precision: str = "fp32") -> list[dict]:
-        """One {"label", "probabilities": {label: p}} per text, or per pair of texts if the classifier reads two.
+    def predict(self, texts: Sequence[Text | tuple[Text, ...]], precision: str = "fp32") -> list[dict]:
+        """One {"label", "probabilities": {label: p}} per text, or per tuple of texts if the classifier reads several.
 
-        InputError names a text that is empty or no string. precision: "fp32", "bf16", or "auto": the faster one.
+        A text is a string or a list of tokens. One without words gets the label None and no probabilities. InputError
+        names an item that is no text. precision: "fp32", "bf16", or "auto": the faster one.
         """
-        predictions = []
-        for p in self.probabilities(texts, precision):
+        part = self.encode(texts)
+        rows = np.flatnonzero(part.shortest)                                # those with words
+        predictions = [{"label": None, "probabilities": {}} for _ in part.labels]
+        for row, p in zip(rows, self.probabilities_of(part, rows, precision), strict=True):
             probabilities = dict(zip(self.labels, p.tolist(), strict=True))
-            predictions.append({"label": self.labels[p.argmax()], "probabilities": probabilities})
+            predictions[row] = {"label": self.labels[p.argmax()], "probabilities": probabilities}
         return predictions
 
-    def probabilities(self, texts: Sequence[str | tuple[str, str]], precision: str = "fp32") -> Tensor:
-        """(N, C) float32 CPU tensor."""
-        rows = check_rows(texts, self.config)
-        if not rows:
-            return torch.zeros(0, len(self.labels))
-        part = EncodedTexts(Part.without_labels(rows), self.elmo)
-        if not part.words.all():
-            raise InputError(f"text {part.words.argmin() % len(rows)} has no words; there is nothing to classify")
+    def probabilities(self, texts: Sequence[Text | tuple[Text, ...]], precision: str = "fp32") -> Tensor:
+        """(N, C) float32 CPU tensor. InputError names a text without words."""
+        part = self.encode(texts)
+        if not part.shortest.all():
+            raise InputError(f"text {part.shortest.argmin()} has no words; there is nothing to classify")
+        return self.probabilities_of(part, np.arange(len(part.labels)), precision)
+
+    def encode(self, texts: Sequence[Text | tuple[Text, ...]]) -> EncodedTexts:
+        """Texts in the ids of the biLM."""
+        return EncodedTexts(Part.without_labels(check_rows(texts, self.config)), self.elmo)
+
+    def probabilities_of(self, part: EncodedTexts, rows: np.ndarray, precision: str) -> Tensor:
+        """(rows, C) float32 CPU tensor."""
         vectors = ELMoVectors(self.elmo.model)
         dtype = machine.compute_dtype(precision, vectors.device)
-        return probabilities({"head": self.head}, vectors, part, dtype)["head"]
+        return probabilities({"head": self.head}, vectors, part, dtype, rows)["head"]
 
 
 def bilm_of(path: str | Path, content: dict, bilstm: str | Path | None, device: torch.device) -> ELMo:
@@ -569,19 +578,11 @@ def save(path: Path, result: dict, trainer: Trainer, elmo: ELMo) -> None:
 
 # ------------------------------------------------------------------------------------------------------- main
 def adapt(elmo: ELMo, task: Task, config: Config, file: Path, resume: bool) -> Run:
-    """Trains the biLM further on the task's training texts (the paper's section 3.4). A tenth of them is validation."""
-    tokens = tokenize_texts(task.corpus, CACHE)
-    train_rows, validation_rows = split(len(tokens), max(1, len(tokens) // 10), config.seed)
-    words = elmo.words.grown_by(Vocabulary.count(tokens.types, tokens.counts(train_rows), min_count=2))
+    """Trains the biLM further on the task's training texts, with the options of this run."""
     options = replace(elmo.config, epochs=config.adapt, lr=config.adapt_lr, table_lr=config.adapt_lr, seed=config.seed,
-                      log_every=config.log_every, save_every=config.save_every, track=config.track,
+                      min_count=2, log_every=config.log_every, save_every=config.save_every, track=config.track,
                       precision=config.precision)
-    data = Data(words, Encoded.of(tokens, words, options.representation), train_rows, validation_rows)
-    trainer = ELMO.Trainer(options, data, elmo.model.table.device)
-    trained = elmo.model.state_dict()
-    for name, value in trainer.model.state_dict().items():
-        value[:len(trained[name])] = trained[name]          # old words keep their ids; the rows of new ones follow
-    return ELMO.train(trainer, file, resume)
+    return ELMO.adapt(elmo, task.corpus, options, CACHE, file, resume)
 
 
 def classify(config: Config, options: Namespace, make_vectors: Callable | None = None, stem: str | None = None) -> int:

@@ -10,10 +10,9 @@ import csv
 import hashlib
 import http.client
 import io
-import itertools
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -138,24 +137,6 @@ def class_numbers(table: pd.DataFrame, path: str | Path) -> pd.Series:
     if not table["description"].str.strip().any():
         raise InputError(f"{path}: every description is empty; expected a text in the last column")
     return numbers.astype("int64")
-
-
-def checked_texts(texts: Iterable[str]) -> Iterator[str]:
-    """The texts one by one. Raises InputError at once for a single string, later for an item that is no string."""
-    if isinstance(texts, str):
-        raise InputError("texts is one string; expected a list of strings, such as [text]")
-
-    def check(i: int, text: str) -> str:
-        """The text, if it is one; i: its number."""
-        if not isinstance(text, str):
-            raise InputError(f"text {i} is of type {type(text).__name__}; expected str")
-        return text
-    return itertools.starmap(check, enumerate(texts))
-
-
-def check_texts(texts: Iterable[str]) -> list[str]:
-    """The texts as a list. Raises InputError for a single string, and for an item that is no string."""
-    return list(checked_texts(texts))
 
 
 # ------------------------------------------------------------------------------------------------------- rows

@@ -223,6 +223,16 @@ def tokenize_corpus(texts: Iterable[str], tokenize: Callable, version: str, cach
     return Tokens(types, np.frombuffer(buffer.getvalue(), dtype=np.int32), offsets)
 
 
+def writable(folder: Path) -> bool:
+    """Whether files can be written to the folder, which is made if it is missing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
 def cache_key(texts: Iterable[str], version: str) -> str:
     """A hash of every text and of the version."""
     sha = hashlib.sha256(version.encode())
@@ -244,7 +254,7 @@ def fill_cache(folder: Path, texts: Iterable[str], tokenize: Callable) -> None:
         np.save(part / "offsets.npy", offsets)
         (part / "types.json").write_text(json.dumps(types), encoding="utf-8")
         for name in ("ids.int32", "offsets.npy", "types.json"):
-            with open(part / name, "rb") as file:
+            with open(part / name, "r+b") as file:      # for update, because Windows syncs no file that is read
                 os.fsync(file.fileno())
         part.chmod(0o755)
         part.replace(folder)        # fails if another process made `folder` first, with the same content

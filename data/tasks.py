@@ -5,7 +5,7 @@
 """
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +14,8 @@ import pandas as pd
 import torch
 from nltk import Tree
 
-from data.ag_news import ag_news_folder, check_texts, fresh_rows, read_ag_news, split
+from data.ag_news import ag_news_folder, fresh_rows, read_ag_news, split
+from data.inputs import Text, check_text, check_texts
 from data.text import Encoded, tokenize_texts
 from run.files import InputError, read_lines
 
@@ -27,8 +28,8 @@ SST2_OF_SST5 = {0: 0, 1: 0, 3: 1, 4: 1}         # neutral phrases are left out
 
 @dataclass
 class Part:
-    """The rows of one part of a task: texts, each a tuple of one or two strings, and labels (rows,) from 0 on."""
-    texts: list[tuple[str, ...]]
+    """The rows of one part of a task: texts, each a tuple of one or two texts, and labels (rows,) from 0 on."""
+    texts: list[tuple[Text, ...]]
     labels: np.ndarray
 
     @classmethod
@@ -105,7 +106,8 @@ def read_task(config, bilm_config) -> Task:
 class EncodedTexts:
     """A part of a task in the ids of an ELMo. For pairs: all first texts, then all second texts.
 
-    labels (N,); encoded: N rows, 2 N for pairs; words: tokens of each encoded row; lengths (N,): of the longer text.
+    labels (N,); encoded: N rows, 2 N for pairs; words: tokens of each encoded row; lengths (N,): of the longer text;
+    shortest (N,): of the shorter one.
     """
 
     def __init__(self, part: Part, elmo, cache: Path | None = None):
@@ -116,7 +118,9 @@ class EncodedTexts:
             texts += [row[1] for row in part.texts]
         self.encoded = Encoded.of(tokenize_texts(texts, cache), elmo.words, elmo.config.representation)
         self.words = self.encoded.lengths
-        self.lengths = self.words.reshape(2 if self.pair else 1, -1).max(axis=0)
+        sides = self.words.reshape(2 if self.pair else 1, -1)               # (2, N) or (1, N)
+        self.lengths = sides.max(axis=0)
+        self.shortest = sides.min(axis=0)
 
     def sides(self, rows: np.ndarray) -> tuple[np.ndarray, torch.Tensor]:
         """Rows of `encoded` for these rows of the task, and their lengths; for pairs all first texts come first."""
@@ -124,23 +128,20 @@ class EncodedTexts:
         return sides, torch.from_numpy(self.words[sides])
 
 
-def check_rows(texts: Sequence[str | tuple[str, str]], config) -> list[tuple[str, ...]]:
+def check_rows(texts: Iterable[Text | tuple[Text, ...]], config) -> list[tuple[Text, ...]]:
     """The texts that a user gives a classifier, as `Part.texts`; config: two_texts, pair.
 
-    Raises InputError for an item that is no text, or no pair of texts if the classifier takes pairs.
+    Raises InputError for an item that is no text, or no tuple of texts if the classifier reads several.
     """
     if not config.two_texts:
         return [(text,) for text in check_texts(texts)]
-    pairs = list(texts)
-    for i, pair in enumerate(pairs):
-        is_pair = isinstance(pair, (tuple, list)) and len(pair) == 2
-        if not is_pair or not all(isinstance(text, str) for text in pair):
-            raise InputError(f"text {i} is {str(pair)[:40]!r}; expected two texts (on a line: a tab between)")
-        if not any(text.strip() for text in pair):
-            raise InputError(f"text {i} has no words; there is nothing to classify")
-    if config.pair:
-        return [tuple(pair) for pair in pairs]
-    return [(with_title(*pair),) for pair in pairs]
+    rows = []
+    for i, row in enumerate(texts):
+        if not isinstance(row, tuple) or len(row) < 2 or (config.pair and len(row) > 2):
+            raise InputError(f"text {i} is {str(row)[:40]!r}; expected a tuple of two texts (on a line: a tab between)")
+        parts = tuple(check_text(text, f"text {i}") for text in row)
+        rows.append(parts if config.pair else (with_title(*parts),))
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------- AG News

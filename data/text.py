@@ -1,6 +1,7 @@
 """From text to word ids: tokens, and a vocabulary made from the training rows alone.
 
     tokenize("Oil prices fall.")                        # ["oil", "prices", "fall", "."]
+    tokenize(["Oil", "prices", "fall."])                # ["oil", "prices", "fall."]: given tokens are not split
     data = Data.of(texts, config, train, validation)    # config: min_count, representation
     data.words.words[:5]                                # ["<pad>", "<unk>", "<s>", "</s>", "the"]
 """
@@ -8,6 +9,8 @@ import hashlib
 import html
 import inspect
 import re
+import unicodedata
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,11 +24,14 @@ from torch import Tensor
 from data.ag_news import fresh_rows, read_ag_news, split
 from data.characters import character_codes
 from data.corpus import LONGEST, Lines, Tokens, tokenize_corpus
+from data.inputs import Text
 from run.files import InputError
 
 PAD, UNK, BOS, EOS = range(4)
 SPECIAL = ["<pad>", "<unk>", "<s>", "</s>"]
+MANY_UNKNOWN = 0.2          # share of <unk> from which a warning is given
 ENTITY = re.compile(r"(?<![&\w])(?<!&amp;)(#\d{1,7}|amp|quot|apos|lt|gt|nbsp);")     # most in AG News lack their &
+APOSTROPHE = re.compile(r"(?:^|(?<=[^\W\d_]))’(?=[^\W\d_])")      # between letters, or before the first one
 TOKENS = RegexpTokenizer(
     r"</?[A-Za-z][^<>]{0,200}>"             # an HTML tag is one token: it can show the news source
     r"|(?:[^\W\d_]\.){2,}"                  # u.s., a.m.
@@ -35,21 +41,42 @@ TOKENS = RegexpTokenizer(
 
 
 # ----------------------------------------------------------------------------------------------------- tokens
-def tokenize(text: str) -> list[str]:
-    """The lower-cased tokens of a text. Entities become characters, mark-up stays.
-
-    "Oil #39;s up &lt;b&gt;4.5%&lt;/b&gt;." -> ["oil", "'s", "up", "<b>", "4.5", "%", "</b>", "."]
-    """
+def normalize(text: str) -> str:
+    """The text with entities as characters, in Unicode's form NFC, with ' for a ’ between letters."""
     text = re.sub(r"&#(?=\d{8})", "& #", text)      # no such character exists, and int() refuses long numbers
     text = ENTITY.sub(r"&\1;", text)
     text = html.unescape(html.unescape(text))
-    return TOKENS.tokenize(text.lower())
+    return APOSTROPHE.sub("'", unicodedata.normalize("NFC", text))
 
 
-def tokenize_texts(texts: Iterable[str], cache: Path | None = None) -> Tokens:
-    """The tokens of many texts, from the folder `cache` if the same texts were tokenized before."""
-    version = f"{TOKENS._pattern} {ENTITY.pattern} {inspect.getsource(tokenize)}"       # changed rules get a new cache
-    return tokenize_corpus(texts, tokenize, version, cache)
+def tokenize(text: Text) -> list[str]:
+    """The lower-cased tokens of a text. Entities become characters, mark-up stays. Given tokens are never split.
+
+    "Oil #39;s up &lt;b&gt;4.5%&lt;/b&gt;." -> ["oil", "'s", "up", "<b>", "4.5", "%", "</b>", "."]
+    """
+    if isinstance(text, list):
+        return [normalize(token).lower() for token in text]
+    return TOKENS.tokenize(normalize(text).lower())
+
+
+def split_at_spaces(text: str) -> list[str]:
+    """The tokens of a text that is tokenized already, with spaces between its tokens."""
+    return [token for token in text.split(" ") if token]
+
+
+def tokenize_spaced(text: str) -> list[str]:
+    """Like `tokenize`, for a text that is tokenized already, with spaces between its tokens."""
+    return tokenize(split_at_spaces(text))
+
+
+def tokenize_texts(texts: Iterable[Text], cache: Path | None = None, tokenized: bool = False) -> Tokens:
+    """The tokens of many texts, from the folder `cache` if the same texts were tokenized before.
+
+    tokenized: the texts have spaces between their tokens, and are split there only.
+    """
+    rules = [inspect.getsource(part) for part in (normalize, tokenize, tokenize_spaced, split_at_spaces)]
+    version = " ".join([str(tokenized), TOKENS._pattern, ENTITY.pattern, APOSTROPHE.pattern, *rules])
+    return tokenize_corpus(texts, tokenize_spaced if tokenized else tokenize, version, cache)
 
 
 class Vocabulary:
@@ -108,6 +135,12 @@ class Encoded:
         """(tokens,) int64 word ids of a row."""
         return self.lookup[self.types(row)]
 
+    @cached_property
+    def unknown_tokens(self) -> np.ndarray:
+        """(rows,) number of tokens of each row that are <unk>."""
+        total = np.append(0, np.cumsum(self.lookup[self.tokens.ids] == UNK))
+        return np.diff(total[self.tokens.offsets])
+
     def flat(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(tokens,) word ids of some rows, one after the other, and (rows + 1,) offsets."""
         ids = [self.ids(row) for row in rows]
@@ -120,6 +153,15 @@ class Encoded:
 
 
 # ------------------------------------------------------------------------------------------------------- data
+def warn_of_unknown(share: float, what: str) -> None:
+    """Warns if at least MANY_UNKNOWN of some tokens, named by `what`, are <unk>."""
+    if share >= MANY_UNKNOWN:
+        warnings.warn(
+            f"{share:.0%} of the {what} are not in the vocabulary. All of them are one word, <unk>, which is easy to "
+            "predict, so a low perplexity means little. Train with a smaller min_count, put spaces between the words, "
+            "or train with representation char", stacklevel=3)
+
+
 @dataclass
 class Data:
     """A tokenized corpus, its vocabulary made from the training rows, and the row numbers of training and validation.
@@ -135,44 +177,56 @@ class Data:
     texts: tuple[list[str], list[str]] | None = None
 
     @classmethod
-    def of(cls, texts: Sequence[str], config, train: np.ndarray, validation: np.ndarray,
-           cache: Path | None = None) -> "Data":
+    def of(cls, texts: Sequence[Text], config, train: np.ndarray, validation: np.ndarray) -> "Data":
         """Data of any texts; config: min_count, representation."""
-        return cls.of_tokens(tokenize_texts(texts, cache), config, train, validation)
+        return cls.of_tokens(tokenize_texts(texts), config, train, validation)
 
     @classmethod
-    def of_tokens(cls, tokens: Tokens, config, train: np.ndarray, validation: np.ndarray) -> "Data":
+    def of_tokens(cls, tokens: Tokens, config, train: np.ndarray, validation: np.ndarray,
+                  known: Vocabulary | None = None) -> "Data":
+        """Data of any tokens. The words of `known` keep their ids; the new ones follow."""
         words = Vocabulary.count(tokens.types, tokens.counts(train), config.min_count)
+        if known is not None:
+            words = known.grown_by(words)
         return cls(words, Encoded.of(tokens, words, config.representation), train, validation)
 
     @classmethod
-    def read(cls, config, corpus: str | None, cache: Path) -> "Data":
-        """The data of a run: a plain text if `corpus` names one, otherwise AG News."""
+    def read(cls, config, corpus: str | None, cache: Path, known: Vocabulary | None = None,
+             tokenized: bool = False) -> "Data":
+        """The data of a run: a plain text if `corpus` names one, otherwise AG News.
+
+        known: words that keep their ids; tokenized: the plain text has spaces between its tokens.
+        """
         if config.validation == 0:
             raise InputError("validation is 0; expected 1 or more rows, which choose the best epoch")
-        return cls.of_ag_news(config, cache) if corpus is None else cls.of_plain_text(corpus, config, cache)
+        if corpus is not None:
+            return cls.of_plain_text(corpus, config, cache, known, tokenized)
+        if tokenized:
+            raise InputError("--tokenized is for --corpus and --embed; AG News is not tokenized")
+        return cls.of_ag_news(config, cache, known)
 
     @classmethod
-    def of_ag_news(cls, config, cache: Path) -> "Data":
+    def of_ag_news(cls, config, cache: Path, known: Vocabulary | None = None) -> "Data":
         """The descriptions of train.csv, `config.validation` of them as validation rows, and of test.csv as test."""
         texts = read_ag_news("train", config.rows).description.tolist()
         test_texts = read_ag_news("test").description.tolist()
         train, validation = split(len(texts), config.validation, config.seed)
-        data = cls.of(texts, config, train, validation, cache)
+        data = cls.of_tokens(tokenize_texts(texts, cache), config, train, validation, known)
         test = Encoded.of(tokenize_texts(test_texts, cache), data.words, config.representation)
         data.test = (test, np.arange(len(test_texts)))
         data.texts = (texts, test_texts)
         return data
 
     @classmethod
-    def of_plain_text(cls, path: str, config, cache: Path) -> "Data":
+    def of_plain_text(cls, path: str, config, cache: Path, known: Vocabulary | None = None,
+                      tokenized: bool = False) -> "Data":
         """The lines of a file or folder, `config.validation` of them for validation and as many for test.
 
         A line of more than LONGEST tokens becomes several rows, all of them in the same part.
         """
         if config.rows:
             raise InputError("--rows is for train.csv; with --corpus name a shorter file")
-        lines = tokenize_texts(Lines(path), cache)
+        lines = tokenize_texts(Lines(path), cache, tokenized)
         size = config.validation
         if len(lines) <= 2 * size:
             raise InputError(f"{path} has {len(lines):,} lines, but validation and test need {size:,} each; choose a "
@@ -182,7 +236,7 @@ class Data:
         tokens, line_of_row = lines.cut(LONGEST)
         train = np.flatnonzero(np.isin(line_of_row, train_lines))
         validation = np.flatnonzero(np.isin(line_of_row, others[first_half]))
-        data = cls.of_tokens(tokens, config, train, validation)
+        data = cls.of_tokens(tokens, config, train, validation, known)
         data.test = (data.encoded, np.flatnonzero(np.isin(line_of_row, others[second_half])))
         return data
 

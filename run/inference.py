@@ -1,15 +1,41 @@
 """What both scripts do with a trained model on the command line: predictions and vectors of the lines of a file."""
 import json
 import zipfile
+from argparse import Namespace
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
 import numpy as np
+from torch import Tensor
 from tqdm import tqdm
 
 from run.files import InputError, read_lines, write_atomically
+
+EMBED_FLAGS = {
+    "--embed": {"metavar": "FILE", "help": "write the vectors of this file's lines instead of training"},
+    "--out-file": {"metavar": "NAME", "help": "--embed: the file to write, NAME.npy (a memory map) or NAME.npz"},
+    "--npz": {"metavar": "NAME", "dest": "out_file", "help": "the same as --out-file"},
+    "--layers": {"choices": ("all", "average", "top", "0", "1", "2"), "default": "all",
+                 "help": "--embed: all three layers, their average, the top one, or one of them (default all)"},
+    "--float32": {"action": "store_true", "help": "--embed: compute in fp32 and write float32, not float16"}}
+
+
+def check_layers(layers: str | int, top: int) -> None:
+    """Raises InputError if `layers` does not name layers; top: number of the top layer."""
+    choices = ("all", "average", "top", *range(top + 1))
+    if layers not in choices or isinstance(layers, bool):
+        raise InputError(f"layers is {layers!r}; expected one of {', '.join(map(str, choices))}")
+
+
+def choose_layers(h: Tensor, layers: str | int) -> Tensor:
+    """Of h (3, ..): "all" of it, or of shape (..) the "average" of the layers, the "top" one, or layer 0, 1 or 2."""
+    if layers == "all":
+        return h
+    if layers == "average":
+        return h.mean(dim=0)
+    return h[-1 if layers == "top" else layers]
 
 
 def print_predictions(load: Callable, text: str, precision: str, as_json: bool) -> None:
@@ -30,13 +56,17 @@ def print_predictions(load: Callable, text: str, precision: str, as_json: bool) 
             print(prediction["label"], *probabilities, sep="\t")
 
 
-def embed_file(load: Callable, source: str, target: str, precision: str, full: bool) -> None:
-    """Writes the vectors of every line of `source` to the .npz file `target`: in float32 if `full`, else in float16.
+def embed_file(load: Callable, precision: str, options: Namespace) -> None:
+    """Writes the vectors of every line of the file --embed to the file --out-file.
 
-    `load()` returns the ELMo, after the file names are checked. precision: "fp32", "bf16" or "auto".
+    `load()` returns the ELMo, after the file names are checked. precision: "fp32", "bf16" or "auto". options: those of
+    EMBED_FLAGS, and tokenized.
     """
+    source = options.embed
+    target = options.out_file
+    full = options.float32
     if source is None or target is None:
-        raise InputError("--embed and --npz go together: --embed texts.txt --npz vectors.npz")
+        raise InputError("--embed and --out-file go together: --embed texts.txt --out-file vectors.npy")
     check_target(target)
     lines = read_lines(source)
     elmo = load()

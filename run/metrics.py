@@ -68,11 +68,16 @@ class Scores:
         """exp(summed nll / summed tokens), forward and backward."""
         return np.exp(self.nll.sum(axis=1) / max(1, self.tokens.sum())).tolist()
 
-    def totals(self) -> dict:
-        """{"forward": {"nll" (summed), "tokens", "perplexity"}, "backward": ..} of all rows."""
+    def totals(self, unknown: np.ndarray, rows: slice = slice(None)) -> dict:
+        """{"forward": {"nats", "tokens", "unknown", "perplexity"}, "backward": ..}, summed over some rows, or over all.
+
+        nats: negative log-likelihood; unknown (rows,): tokens of each row that are <unk>.
+        """
+        tokens = int(self.tokens[rows].sum())
         totals = {}
-        for direction, nll, perplexity in zip(DIRECTIONS, self.nll, self.perplexity(), strict=True):
-            totals[direction] = {"nll": float(nll.sum()), "tokens": int(self.tokens.sum()), "perplexity": perplexity}
+        for direction, nll in zip(DIRECTIONS, self.nll[:, rows].sum(axis=1), strict=True):
+            totals[direction] = {"nats": float(nll), "tokens": tokens, "unknown": int(unknown[rows].sum()),
+                                 "perplexity": math.exp(nll / max(1, tokens))}
         return totals
 
     def metrics(self, chosen: np.ndarray | None = None) -> dict:

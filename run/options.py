@@ -13,7 +13,7 @@ import math
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
-from dataclasses import field, fields
+from dataclasses import field, fields, replace
 from functools import wraps
 from pathlib import Path
 
@@ -59,6 +59,15 @@ def read_toml(path: str, known: set[str]) -> dict:
     return values
 
 
+def take_options(config, other, names: Sequence[str], given: set[str], source: str):
+    """`config` with some options of `other`, read from `source`. InputError if the user has given another value."""
+    values = {name: getattr(other, name) for name in names}
+    for name, value in values.items():
+        if name in given and getattr(config, name) != value:
+            raise InputError(f"{name} is {getattr(config, name)}, but {source} has {value}; leave this option out")
+    return replace(config, **values)
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that raises InputError instead of printing its usage."""
 
@@ -83,8 +92,8 @@ def script_arguments(argv: Sequence[str] | None, config_class: type, name: str, 
                      extra: dict[str, dict]):
     """(config, others) of a script's command line; the command line wins over the TOML file.
 
-    others: --out, --config and the flags in `extra`, {flag: settings of add_argument}, such as RUN_FLAGS. Raises
-    InputError for an option that is unknown or has a wrong value.
+    others: --out, --config, the flags in `extra`, {flag: settings of add_argument}, such as RUN_FLAGS, and `given`, the
+    names of the options that are not left at their defaults. InputError for an unknown option or a wrong value.
     """
     parser = Parser(prog=name, description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     project = Path(__file__).resolve().parent.parent
@@ -101,6 +110,7 @@ def script_arguments(argv: Sequence[str] | None, config_class: type, name: str, 
         raise InputError(f"--out {others.out} is a file; name a folder")
     values = read_toml(others.config, names) if others.config else {}
     values |= {key: value for key, value in given.items() if key in names}
+    others.given = set(values)
     config = config_class(**values)
     check_tracker(config.track)
     return config, others

@@ -65,7 +65,7 @@ class Publication:
             return False
         self.check_options()            # again, because another run may have published since the start
         with read_json(self.json) as result:
-            for name, other in (("data", "other data"), ("bilm", "another biLM")):
+            for name, other in (("data", "other data"), ("bilm", "another biLM"), ("start", "another --start")):
                 if name in source and result.get(name) != source[name]:
                     raise InputError(f"{self.json} is from a run on {other}; {ADVICE}")
         if not self.options.resume or self.unfinished or (self.has_model and not self.model.exists()):
