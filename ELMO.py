@@ -40,13 +40,11 @@ from torch import Tensor, nn
 from data.ag_news import CACHE, split
 from data.batches import Sampler, batches, collate, predicted_tokens, reverse_within_lengths
 from data.characters import CharacterCNN
-from data.corpus import writable
-from data.inputs import Text, check_texts, check_weights, checked_texts
+from data.inputs import Text, check_texts, check_weights, checked_texts, training_texts
 from data.text import PAD, SPECIAL, Data, Encoded, Vocabulary, tokenize, tokenize_texts, warn_of_unknown
 from data.word2vec import unit_variance, word2vec
 from run import checkpoint, inference, machine, metrics, ngram
 from run.files import InputError, folder_lock, write_json
-from run.inference import EMBED_FLAGS
 from run.machine import autocast, upload
 from run.metrics import DIRECTIONS
 from run.optimization import Optimizers, check_loss, clip_gradients, dropout_mask, group, lr_factor
@@ -97,9 +95,7 @@ class Config:
     @property
     def tied(self) -> bool:
         """True if x and the softmax use one table, False if x is made from characters or is frozen Word2Vec vectors."""
-        if self.representation == "word2vec":
-            return not self.freeze_word2vec
-        return self.representation != "char"
+        return self.representation == "embedding" or (self.representation == "word2vec" and not self.freeze_word2vec)
 
 
 # ------------------------------------------------------------------------------------------------------ model
@@ -175,8 +171,7 @@ class BiLM(nn.Module):
     def states(self, d: int, x: Tensor, masks: Sequence[Tensor] | None = None) -> list[Tensor]:
         """[h_0, h_1, h_2], each (T, B, P): all layers of direction d over representations x (T, B, P).
 
-        masks, for dropout: one per layer, (1, B, P), so that a sentence loses the same units at every position; with
-        word dropout the first one is (T, B, P).
+        masks, for dropout: one per layer, (1, B, P), the same at every position; with word dropout, first (T, B, P).
         """
         h = x if masks is None else x * masks[0]
         states = [h]
@@ -201,16 +196,18 @@ class BiLM(nn.Module):
             layers.append(torch.cat([forward_h[1:], in_reading_order], dim=-1).to(dtype))
         return torch.stack(layers)
 
-    def contextual(self, ids: Tensor, lengths: Tensor, chars: Tensor | None, dtype: torch.dtype = torch.float32,
+    def contextual(self, encoded: Encoded, rows: np.ndarray, dtype: torch.dtype = torch.float32,
                    masks=(None, None), run_both: Callable = map) -> Tensor:
-        """(3, T - 1, B, 2P) vectors of all layers for ids (2, T, B) from `collate`, with matrix products in `dtype`.
+        """(3, T - 1, B, 2P) vectors of all layers of some rows, with matrix products in `dtype`.
 
         masks: for each direction those of `states`; run_both: `map`, or a function like it that runs both side by side.
         """
         device = self.table.device
         learns = torch.is_grad_enabled()
+        ids, _ = collate(encoded, rows)                                     # (2, T, B)
+        lengths = torch.from_numpy(encoded.lengths[rows])
         with autocast(device, dtype):
-            x = self.represent(ids, chars)
+            x = self.represent(ids, encoded.chars)
 
         def states(d: int) -> list[Tensor]:
             with autocast(device, dtype), torch.set_grad_enabled(learns):           # both hold for one thread only
@@ -294,9 +291,9 @@ class Gradients(NamedTuple):
 class Trainer:
     """The model, its optimizers, and one training step. Every random number of a step comes from (seed, step).
 
-    The two directions are two language models, so on a CPU they run side by side in two threads (torch releases
-    Python's lock). Each gets x detached, so that it back-propagates in a graph of its own. Afterwards `collect` adds up
-    their gradients, and continues the backward pass from x into the table or the character network.
+    The two directions are two language models, so on a CPU they run side by side in two threads. Each gets x detached,
+    so that it back-propagates in a graph of its own. Afterwards `collect` adds up their gradients, and continues the
+    backward pass from x into the table or the character network.
     """
     unit = "tokens"                 # of the progress bar
 
@@ -310,7 +307,6 @@ class Trainer:
         machine.keep_freed_memory()                         # saves up to a quarter of a step
         self.workers = machine.Workers(2, device)
         counts = data.counts()
-        warn_of_unknown(data.encoded.unknown(data.train), "training tokens")
         self.model = self.new_model(counts).to(device)
         self.sparse = [self.model.table, self.model.bias]       # their gradients hold only the rows that a step used
         self.dense = [weight for name, weight in self.model.named_parameters()
@@ -328,7 +324,7 @@ class Trainer:
     def new_model(self, counts: np.ndarray) -> BiLM:
         """A model with random weights, a softmax bias of log frequencies, and Word2Vec's vectors if they are wanted.
 
-        With `start`, all weights are those of that biLM, except the rows of new words in table and bias.
+        With `start`, only the rows of new words are like that; all other weights are those of that biLM.
         """
         model = machine.seeded(self.config.seed, partial(BiLM, self.config, len(self.data.words)))
         model.bias.data[:, 0] = torch.from_numpy(np.log(np.maximum(counts, 0.5) / counts.sum()))
@@ -418,8 +414,8 @@ class Trainer:
 
     def identity(self) -> dict:
         """What a resumed run must share with the run that it continues."""
-        start = self.start.digest if self.start else None
-        return options_of_weights(self.config) | {"format": FORMAT, "data": self.data.digest, "start": start}
+        source = {"data": self.data.digest, "start": self.start and self.start.digest}
+        return options_of_weights(self.config) | source | {"format": FORMAT}
 
     def state(self) -> dict:
         """Everything that the next step depends on, beside the identity."""
@@ -434,7 +430,6 @@ class Trainer:
 def train(trainer: Trainer, resume_file: Path | None = None, resume: bool = False) -> Run:
     """The training loop. The returned Run holds the weights of the epoch that is best on the validation rows."""
     data = trainer.data
-
     def evaluate(train_nll: float) -> tuple[float, dict, str]:
         """(validation nll, entry of the history, sentence). Without validation rows, the last epoch is the best."""
         entry = {"train_perplexity": math.exp(train_nll)}
@@ -454,21 +449,20 @@ def train(trainer: Trainer, resume_file: Path | None = None, resume: bool = Fals
     return run
 
 
-def adapt(start: "ELMo", texts: Sequence[Text], config: Config, cache: Path | None = None, file: Path | None = None,
-          resume: bool = False) -> Run:
-    """Trains a biLM further on other texts, a tenth of them validation rows (section 3.4 of the paper).
+def adapt(start: "ELMo", texts: Sequence[Text], config: Config, cache: Path | None = None, *state) -> Run:
+    """Trains a biLM further on texts, a tenth of them for validation; new words are added (the paper's section 3.4).
 
-    Words that occur `config.min_count` times in the training rows and are new to the biLM join its vocabulary.
+    state: the resume file, and whether to resume, as in `train`.
     """
     tokens = tokenize_texts(texts, cache)
     train_rows, validation_rows = split(len(tokens), len(tokens) // 10, config.seed)
     data = Data.of_tokens(tokens, config, train_rows, validation_rows, start.words)
-    return train(Trainer(config, data, start.device, start), file, resume)
+    return train(Trainer(config, data, start.device, start), *state)
 
 
 # ------------------------------------------------------------------------------------------------------- ELMo
 class ELMo:
-    """A trained biLM: texts in, the three layers' vectors or perplexities out.
+    """A trained biLM: texts in, vectors or perplexities out.
 
         elmo = ELMo.load("models/bilstm.pt")
         elmo.embed(["Oil prices fall."])[0]         # (3, 4, D): layer 0 is [x ; x], layers 1 and 2 [forward ; backward]
@@ -511,38 +505,24 @@ class ELMo:
 
     @classmethod
     def train(cls, texts: Sequence[Text], config: Config | None = None, device: str | None = None) -> "ELMo":
-        """Trains a biLM on any texts, as the script does. A tenth, at most `validation`, picks the epoch.
-
-        Ctrl-C raises KeyboardInterrupt.
-        """
+        """Trains a biLM on any texts, as the script does. A tenth, at most `validation`, picks the epoch."""
         device = machine.find_device(device)
-        texts = check_texts(texts)
+        texts = training_texts(texts)
         config = config or Config()
-        if not texts:
-            raise InputError("there is no text to train on; expected a list of strings")
         config = replace(config, rows=len(texts), validation=min(config.validation, len(texts) // 10))
         train_rows, validation_rows = split(len(texts), config.validation, config.seed)
         return cls.from_run(train(Trainer(config, Data.of(texts, config, train_rows, validation_rows), device)))
 
-    def adapt(self, texts: Sequence[Text], epochs: float = 2.0, lr: float = 2e-3, seed: int = 0) -> "ELMo":
-        """A new ELMo, trained further on these texts; see `adapt` above. lr: peak learning rate of all weights.
-
-        Words that occur twice join the vocabulary. Ctrl-C raises KeyboardInterrupt.
-        """
-        texts = check_texts(texts)
-        if not texts:
-            raise InputError("there is no text to train on; expected a list of texts")
-        config = replace(self.config, epochs=epochs, lr=lr, table_lr=lr, seed=seed, min_count=2)
-        return ELMo.from_run(adapt(self, texts, config))
+    def adapt(self, texts: Sequence[Text], epochs: float = 2.0, lr: float = 2e-3) -> "ELMo":
+        """A new ELMo, trained further on these texts; words that occur twice are added. lr: peak, of all weights."""
+        config = replace(self.config, epochs=epochs, lr=lr, table_lr=lr, min_count=2)
+        return ELMo.from_run(adapt(self, training_texts(texts), config))
 
     @classmethod
     def from_run(cls, run: Run) -> "ELMo":
-        """The best weights of a run, rounded to half precision as in the file, so that these are what is measured.
-
-        KeyboardInterrupt if the run was stopped.
-        """
+        """The best weights of a run, rounded to half precision as in the file, so that these are what is measured."""
         if not run.finished:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt             # in a notebook, Ctrl-C stopped it
         trainer = run.trainer
         best = run.best or trainer.model.state_dict()
         trainer.model.load_state_dict({name: value.half().float() for name, value in best.items()})
@@ -569,8 +549,7 @@ class ELMo:
     def embed(self, texts: Sequence[Text], precision: str = "fp32", layers: str | int = "all") -> list[Tensor]:
         """One float32 CPU tensor per text, without boundary symbols; no tokens, no vectors: (3, 0, D) or (0, D).
 
-        layers: "all" gives (3, tokens, D); "average", "top", 0, 1 and 2 give (tokens, D). InputError names a text that
-        is neither a string nor a list of tokens.
+        layers: "all" gives (3, tokens, D); "average", "top", 0, 1 and 2 give (tokens, D). InputError names a wrong text.
         """
         return list(self.embed_stream(check_texts(texts), precision, layers=layers))
 
@@ -586,27 +565,24 @@ class ELMo:
         inference.check_layers(layers, LAYERS)
         fast = precision == "bf16" and machine.fast_bf16(self.device)
         dtype = torch.bfloat16 if fast else torch.float32
-        return self.embed_windows(texts, dtype, window, layers)
+        return self.embed_windows(texts, window, partial(self.embed_batch, dtype=dtype, layers=layers))
 
-    def embed_windows(self, texts: Iterator[Text], dtype: torch.dtype, window: int,
-                      layers: str | int) -> Iterator[Tensor]:
+    def embed_windows(self, texts: Iterator[Text], window: int, embed: Callable) -> Iterator[Tensor]:
         """The tensors of all texts, `window` texts at a time, computed in batches of about equal length."""
         while chunk := list(islice(texts, window)):
             encoded = self.encode(chunk)
             parts = batches(encoded.lengths, 1500 if self.device.type == "cpu" else 6000)
-            found = machine.map_on_cores(partial(self.embed_batch, encoded, dtype, layers), parts, self.device)
+            found = machine.map_on_cores(partial(embed, encoded), parts, self.device)
             vectors = list(chain.from_iterable(found))
             for place in np.argsort(np.concatenate(parts)):         # where the vectors of row 0, 1, .. stand
                 yield vectors[place]
 
     @torch.no_grad()
-    def embed_batch(self, encoded: Encoded, dtype: torch.dtype, layers: str | int, rows: np.ndarray) -> list[Tensor]:
+    def embed_batch(self, encoded: Encoded, rows: np.ndarray, dtype: torch.dtype, layers: str | int) -> list[Tensor]:
         """One float32 CPU tensor per row: (3, tokens, D), or (tokens, D) of a chosen layer."""
-        ids, _ = collate(encoded, rows)
-        lengths = torch.from_numpy(encoded.lengths[rows])
-        h = self.model.contextual(ids, lengths, encoded.chars, dtype)
-        h = inference.choose_layers(h.float(), layers).transpose(-3, -2).cpu()              # (.., B, T - 1, D)
-        return [h[..., b, :n, :].clone() for b, n in enumerate(lengths)]
+        h = self.model.contextual(encoded, rows, dtype).float()                             # (3, T - 1, B, D)
+        h = inference.choose_layers(h, layers).transpose(-3, -2).cpu()                      # (.., B, T - 1, D)
+        return [h[..., b, :n, :].clone() for b, n in enumerate(encoded.lengths[rows])]
 
     def sentences(self, texts: Sequence[Text], precision: str = "fp32") -> Tensor:
         """(N, D) float32 CPU tensor: the mean over tokens of the average layer; zeros if there is none."""
@@ -618,8 +594,8 @@ class ELMo:
     def score(self, texts: Sequence[Text], per_text: bool = False) -> dict | list[dict]:
         """{"forward": {"nats", "tokens", "unknown", "perplexity"}, "backward": ..} of all texts by the full softmax.
 
-        nats: negative log-likelihood, summed over the tokens; tokens: their number, with an end symbol per text;
-        unknown: how many of them are <unk>, with a warning from a fifth on. per_text: a list, one dictionary per text.
+        nats: summed negative log-likelihood; tokens: with an end symbol per text; unknown: those that are <unk>, with a
+        warning from a fifth on. per_text: a list, one dictionary per text.
         """
         encoded = self.encode(check_texts(texts))
         rows = np.arange(len(encoded.tokens))
@@ -630,7 +606,7 @@ class ELMo:
         return scores.totals(encoded.unknown_tokens)
 
     def layer(self, mix: str | Sequence[float] = "trainable", finetune: bool = False) -> "ELMoLayer":
-        """An nn.Module for a model of your own: texts -> vectors (B, T, D), mask (B, T); see ELMoLayer."""
+        """An nn.Module for a model of your own; see ELMoLayer."""
         return ELMoLayer(self, mix, finetune)
 
 
@@ -640,10 +616,9 @@ class ELMoLayer(ScalarMix):
         layer = elmo.layer()
         vectors, mask = layer(["Oil prices fall.", ["Goal", "!"]])      # (2, 4, D), (2, 4): True for tokens
 
-    mix: "trainable": w and gamma learn. "frozen": w is drawn at random, by torch's generator, and nothing learns. Three
-    numbers: the weights of the layers, which stay. finetune: a copy of the biLM learns too, its word table with dense
-    gradients, which every optimizer takes. Otherwise the biLM is no part of parameters() and state_dict(). There is no
-    dropout. InputError for another mix, and for what is no text.
+    mix: "trainable", w and gamma learn; "frozen", w is drawn by torch's generator and stays; or the three weights of the
+    layers, which stay. finetune: a copy of the biLM learns too, with dense gradients, which every optimizer takes;
+    otherwise it is no part of parameters() and state_dict(). There is no dropout.
     """
 
     def __init__(self, elmo: ELMo, mix: str | Sequence[float], finetune: bool):
@@ -657,7 +632,7 @@ class ELMoLayer(ScalarMix):
             bilm.bias.requires_grad_(False)                                 # it is for the softmax, which is not used
             bilm.table.requires_grad_(bilm.config.tied)
         else:
-            self.__dict__["bilm"] = bilm        # by `self.bilm = bilm`, nn.Module would make it a part of this module
+            vars(self)["bilm"] = bilm           # by `self.bilm = bilm`, nn.Module would make it a part of this module
         if mix == "frozen":
             nn.init.normal_(self.w)
         elif mix != "trainable":
@@ -675,14 +650,11 @@ class ELMoLayer(ScalarMix):
 
     def forward(self, texts: Sequence[Text]) -> tuple[Tensor, Tensor]:
         """(B, T, D) vectors, zeros at padding, and (B, T) bool mask, True for tokens."""
-        texts = check_texts(texts)
-        if not texts:
-            raise InputError("there is no text; expected a list of texts")
+        texts = training_texts(texts)
         encoded = Encoded.of(tokenize_texts(texts), self.words, self.bilm.config.representation)
-        ids, _ = collate(encoded, np.arange(len(texts)))                                    # (2, T + 1, B)
-        lengths = torch.from_numpy(encoded.lengths)
-        layers = self.bilm.contextual(ids, lengths, encoded.chars)                          # (3, T, B, D)
-        mask = upload(torch.arange(layers.shape[1]) < lengths[:, None], layers.device)      # (B, T)
+        layers = self.bilm.contextual(encoded, np.arange(len(texts)))                       # (3, T, B, D)
+        lengths = torch.from_numpy(encoded.lengths)[:, None]                                # (B, 1)
+        mask = upload(torch.arange(layers.shape[1]) < lengths, layers.device)               # (B, T)
         vectors = super().forward(layers).transpose(0, 1)                                   # (B, T, D)
         return vectors * mask[:, :, None], mask
 
@@ -690,8 +662,7 @@ class ELMoLayer(ScalarMix):
 # ------------------------------------------------------------------------------------------------ publication
 def measure(elmo: ELMo, data: Data) -> tuple[dict, dict]:
     """(splits, confusion) of pretraining.json: the finished model on training, validation and test rows."""
-    sample = np.random.default_rng([elmo.config.seed, 4]).permutation(data.train)[:MEASURED_TRAINING_ROWS]
-    parts = {"train": (data.encoded, np.sort(sample)), "validation": (data.encoded, data.validation), "test": data.test}
+    parts = data.parts(MEASURED_TRAINING_ROWS, elmo.config.seed)
     fresh = data.fresh()
     splits = {}
     scores = {}
@@ -712,9 +683,9 @@ def publish(run: Run, out: Path, seconds: float) -> None:
     Besides `machine.provenance`, pretraining.json has: tokens_per_second (training, both directions), vocabulary,
     parameters, file_mb, digest (of bilstm.pt), data (digest of the tokens), start (digest of the biLM of --start),
     unknown (share of <unk>), history of the epochs, splits.{train (a sample), validation, test}: rows, tokens,
-    unigram_perplexity, and for each direction the metrics of `run.metrics.Scores` and kneser_ney_perplexity; `fresh` has the same without near copies of training
-    rows; confusion {words, counts}: of the forward model on test rows, rows gold, columns predicted. `splits` was
-    measured with the half-precision weights of the file.
+    unigram_perplexity, and for each direction the metrics of `run.metrics.Scores` and kneser_ney_perplexity; `fresh`
+    has the same without near copies of training rows; confusion {words, counts}: of the forward model on test rows,
+    rows gold, columns predicted. `splits` was measured with the half-precision weights of the file.
     """
     trainer = run.trainer
     elmo = ELMo.from_run(run)
@@ -727,10 +698,8 @@ def publish(run: Run, out: Path, seconds: float) -> None:
         "tokens_per_second": float(targets / run.seconds), "vocabulary": len(elmo.words),
         "parameters": sum(weight.numel() for weight in elmo.model.state_dict().values()),
         "file_mb": (out / "bilstm.pt").stat().st_size / 1e6, "digest": elmo.digest,
-        "data": trainer.data.digest, "unknown": trainer.data.unknown(), "history": elmo.history, "splits": splits,
-        "confusion": confusion}
-    if trainer.start is not None:
-        result["start"] = trainer.start.digest
+        "data": trainer.data.digest, "start": trainer.start and trainer.start.digest,
+        "unknown": trainer.data.unknown(), "history": elmo.history, "splits": splits, "confusion": confusion}
     from run import figures  # imported here, because Matplotlib takes a while
     figures.pretraining(result, out)
     write_json(out / "pretraining.json", result)
@@ -746,8 +715,7 @@ def pretrain(config: Config, options: Namespace) -> int:
     if start is not None:
         config = take_options(config, start.config, MODEL_OPTIONS, options.given, options.start)
     publication = Publication("bilstm", config, options)
-    cache = CACHE if options.corpus is None or writable(CACHE) else out / "cache"
-    data = Data.read(config, options.corpus, cache, start and start.words, options.tokenized)
+    data = Data.read(config, options, CACHE, start and start.words)
     first = machine.join_processes()[0] == 0
     with folder_lock(out) if first else nullcontext():
         if publication.finished({"data": data.digest, "start": start and start.digest}):
@@ -767,7 +735,7 @@ def pretrain(config: Config, options: Namespace) -> int:
 @script("ELMO.py")
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, 2 for an input that the user can fix, 130 after Ctrl-C."""
-    config, options = script_arguments(argv, Config, "ELMO.py", __doc__, HERE / "models", RUN_FLAGS | EMBED_FLAGS | {
+    config, options = script_arguments(argv, Config, "ELMO.py", __doc__, HERE / "models", RUN_FLAGS | inference.EMBED_FLAGS | {
         "--corpus": {"metavar": "PATH", "help": "train on the lines of this file, or of a folder's .txt and .gz files"},
         "--start": {"metavar": "FILE", "help": "go on from this biLM: its weights, words and model options"},
         "--tokenized": {"action": "store_true", "help": "--corpus, --embed: the text has spaces between its tokens"}})

@@ -14,6 +14,7 @@ N classified rows (B, or B / 2 if a row is a pair of texts).
     python classification.py                    AG News in three settings: models/classifier.pt, classification.json
     python classification.py --finetune         setting trainable; each head trains a copy of the biLM: finetuned.pt
     python classification.py --task sst5        or sst2, nli; --adapt 2 first trains the biLM on the task's texts
+    python classification.py --data FOLDER --out DIR    your own train.csv and test.csv, with labels of any names
     python classification.py --predict "text"   label and probabilities; --predict - reads lines from standard input
 """
 import copy
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 
 import ELMO
 from data.ag_news import CACHE
-from data.batches import batches, collate, reverse_within_lengths
+from data.batches import batches, reverse_within_lengths
 from data.inputs import Text
 from data.tasks import EncodedTexts, Part, Task, check_rows, read_task
 from data.text import Encoded
@@ -61,9 +62,10 @@ MEASURED_TRAINING_ROWS = 10_000
 @dataclass(frozen=True)
 class Config:
     """Every option of classification. The published table is the defaults with --seeds 3."""
-    task: str = option("ag_news", "what to classify", choices=("ag_news", "sst2", "sst5", "nli"))
+    task: str = option("ag_news", "what to classify; own: --data", choices=("ag_news", "sst2", "sst5", "nli", "own"))
     setting: str = option("all", "how the layers are mixed", choices=("all", *SETTINGS))
-    fields: str = option("description", "columns of AG News to read", choices=("description", "title+description"))
+    fields: str = option("description", "columns of AG News to read; --data: several columns are joined, or a pair",
+                         choices=("description", "title+description", "joined", "pair"))
     seeds: int = option(1, "heads per setting, with the seeds `seed`, `seed` + 1, ..", min=1, max=100)
     finetune: bool = option(False, "each head trains a copy of the biLM too; `all` then means `trainable`")
     adapt: float = option(0.0, "first train the biLM for this many passes over the task's texts", max=999)
@@ -73,7 +75,8 @@ class Config:
     dropout: float = option(0.2, "dropout probability of the mix and of the pooled text", max=0.95)
     smoothing: float = option(0.05, "label smoothing: share of the target spread over all classes", max=0.99)
     rows: int = option(0, "labelled training rows, drawn by the seed; 0: all")
-    validation: int = option(2000, "nli: training rows set aside for validation; ag_news: as the biLM's run", min=1)
+    validation: int = option(2000, "training rows set aside for validation; of --data at most a tenth, unless given; "
+                             "ag_news: as the biLM's run", min=1)
     epochs: float = option(2.0, "passes over the training rows", max=100_000)
     batch_tokens: int = option(3000, "positions (B x T) of a batch", min=1)
     lr: float = option(4e-3, "peak learning rate of the head", max=10)
@@ -92,8 +95,9 @@ class Config:
 
     def __post_init__(self):
         check_options(self)
-        if "title" in self.fields and self.task != "ag_news":
-            raise InputError(f"fields is {self.fields}, but the rows of {self.task} have no titles")
+        allowed = {"ag_news": ("description", "title+description"), "own": ("description", "joined", "pair")}
+        if self.fields not in allowed.get(self.task, ("description",)):
+            raise InputError(f"fields is {self.fields}, which the rows of {self.task} do not have")
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -105,16 +109,18 @@ class Config:
     @property
     def pair(self) -> bool:
         """Whether a row is a pair of texts that are encoded separately, as premise and hypothesis are."""
-        return self.task == "nli"
+        return self.task == "nli" or self.fields == "pair"
 
     @property
     def two_texts(self) -> bool:
-        """Whether a row has two texts: a pair, or title and description, which are joined."""
-        return self.pair or "title" in self.fields
+        """Whether a row has two texts or more: a pair, or columns that are joined, such as title and description."""
+        return self.pair or self.fields in ("title+description", "joined")
 
     @property
     def stem(self) -> str:
-        """Name of the run's files: "classifier", "finetuned", "titled_finetuned", "adapted_sst5", .."""
+        """Name of the run's files: "classifier", also for own data; "finetuned", "adapted_sst5", .."""
+        if self.task == "own":
+            return "classifier"
         name = "titled" if "title" in self.fields else self.task
         if self.adapt:
             name = f"adapted_{name}"
@@ -147,9 +153,7 @@ class ELMoVectors:
     @torch.no_grad()
     def __call__(self, encoded: Encoded, rows: np.ndarray, dtype: torch.dtype, run_both: Callable = map) -> Tensor:
         """(J, T, B, D) vectors of some rows. `run_both` runs the directions, one after the other or side by side."""
-        ids, _ = collate(encoded, rows)
-        lengths = torch.from_numpy(encoded.lengths[rows])
-        return self.model.contextual(ids, lengths, encoded.chars, dtype, run_both=run_both)
+        return self.model.contextual(encoded, rows, dtype, run_both=run_both)
 
 
 # ------------------------------------------------------------------------------------------------------- head
@@ -272,10 +276,9 @@ class Learner:
         """Layers (3, T, B, D) and lengths (B,) by the biLM that learns, with dropout."""
         bilm = self.modules["bilm"]
         sides, lengths = part.sides(rows)
-        ids, _ = collate(part.encoded, sides)
         shape = (2, ELMO.LAYERS + 1, 1, len(sides), bilm.config.width)
         masks = dropout_mask(self.config.bilm_dropout, shape, generator)
-        return bilm.contextual(ids, lengths, part.encoded.chars, dtype, masks), upload(lengths, bilm.table.device)
+        return bilm.contextual(part.encoded, sides, dtype, masks), upload(lengths, bilm.table.device)
 
     def gradients(self, trainer: "Trainer", step: int, rows: np.ndarray, shared: tuple | None) -> tuple[Tensor, Tensor]:
         """Computes .grad, clipped; returns (summed cross-entropy, norm). shared: layers and lengths, or None."""
@@ -451,11 +454,48 @@ class Classifier:
         clf.predict(["Oil prices fall."])       # [{"label": "Business", "probabilities": {"World": .., ..}}]
     """
 
-    def __init__(self, config: Config, labels: Sequence[str], head: Head, elmo: ELMo):
+    def __init__(self, config: Config, labels: Sequence[str | int], head: Head, elmo: ELMo, about: dict | None = None):
         self.config = config
         self.labels = list(labels)
         self.head = head.eval().requires_grad_(False)
         self.elmo = elmo
+        self.about = about or {}                # seed, and accuracy on the validation rows
+
+    @classmethod
+    def train(cls, texts: Sequence[Text | tuple[Text, Text]], labels: Sequence[str | int], elmo: ELMo,
+              config: Config | None = None) -> "Classifier":
+        """Trains a classifier of your own texts, or pairs of texts; setting `trainable`, unless config names another.
+
+        labels: one per text, any strings or integers. A tenth of the rows, at most `validation`, chooses the best
+        weights. InputError names a text or a label that is wrong. Ctrl-C raises KeyboardInterrupt.
+        """
+        config = config or Config()
+        rows = list(texts)
+        pair = len(rows) > 0 and isinstance(rows[0], tuple)
+        config = replace(config, task="own", fields="pair" if pair else "description",
+                         setting="trainable" if config.setting == "all" else config.setting)
+        task = labelled_task(check_rows(rows, config), labels, config.validation, config.seed)
+        if config.adapt:
+            elmo = ELMo.from_run(adapt(elmo, task, config))
+        parts = {part: EncodedTexts(getattr(task, part), elmo) for part in ("train", "validation")}
+        trainer = Trainer(config, ELMoVectors(elmo.model), parts, len(task.labels))
+        run = train(trainer)
+        load_best(run)
+        p = trainer.probabilities(parts["validation"])
+        _, numbers = metrics.validation_numbers(p, parts["validation"].labels, [config.setting])
+        return cls.of_setting(trainer, config.setting, numbers[config.setting]["accuracy"], task.labels, elmo)
+
+    @classmethod
+    def of_setting(cls, trainer: Trainer, setting: str, validation: list[float], labels: Sequence[str | int],
+                   elmo: ELMo) -> "Classifier":
+        """The classifier of the seed with the best accuracy; validation: the accuracy of each seed on these rows."""
+        best = int(np.argmax(validation))
+        seed = trainer.seeds[best]
+        modules = trainer.model[f"{setting}-{seed}"]
+        if trainer.config.finetune:
+            elmo = ELMo(elmo.config, elmo.words, modules["bilm"])
+        about = {"setting": setting, "seed": seed, "validation": validation[best]}
+        return cls(trainer.config, labels, modules["head"], elmo, about)
 
     @classmethod
     def load(cls, path: str | Path, bilstm: str | Path | None = None, setting: str | None = None,
@@ -481,7 +521,11 @@ class Classifier:
             with torch.device("meta"):          # allocates nothing before the sizes are known to fit
                 head = Head(config, setting, vectors.layers, vectors.width, len(content["labels"]))
             head.load_state_dict(checkpoint.weights_of(content["weights"], f"{setting}."), assign=True)
-            return cls(config, [str(label) for label in content["labels"]], head.to(vectors.device), elmo)
+            return cls(config, content["labels"], head.to(vectors.device), elmo, {"setting": setting} | heads[setting])
+
+    def save(self, path: str | Path) -> None:
+        """Writes the classifier, the whole file or nothing; with its biLM, unless that was saved."""
+        save(path, [self])
 
     def predict(self, texts: Sequence[Text | tuple[Text, ...]], precision: str = "fp32") -> list[dict]:
         """One {"label", "probabilities": {label: p}} per text, or per tuple of texts if the classifier reads several.
@@ -513,6 +557,28 @@ class Classifier:
         vectors = ELMoVectors(self.elmo.model)
         dtype = machine.compute_dtype(precision, vectors.device)
         return probabilities({"head": self.head}, vectors, part, dtype, rows)["head"]
+
+
+def save(path: str | Path, classifiers: Sequence[Classifier], scores: dict | None = None) -> None:
+    """Writes the classifiers of one run, each of another setting; with them their biLM, unless a file has it.
+
+    A biLM that was adapted, fine-tuned or never saved is in no file. scores: accuracies, for who opens the file.
+    """
+    heads = {}
+    weights = {}
+    for clf in classifiers:
+        setting = clf.about["setting"]
+        heads[setting] = {"seed": clf.about["seed"], "validation": clf.about["validation"]}
+        weights |= {f"{setting}.{name}": value for name, value in clf.head.state_dict().items()}
+    elmo = classifiers[0].elmo
+    bilm = {"digest": elmo.digest}
+    if elmo.digest is None:
+        bilm = {"config": asdict(elmo.config), "words": elmo.words.words}
+        weights |= {f"bilm.{name}": value for name, value in elmo.weights().items()}
+    checkpoint.write_published(path, {
+        "format": FORMAT, "config": asdict(classifiers[0].config), "labels": classifiers[0].labels, "heads": heads,
+        "bilm": bilm, "weights": {name: value.cpu().half() for name, value in weights.items()},
+        "metrics": scores or {}})
 
 
 def bilm_of(path: str | Path, content: dict, bilstm: str | Path | None, device: torch.device) -> ELMo:
@@ -553,31 +619,38 @@ def measure(run: Run, task: Task) -> dict:
             "history": [run.history], "settings": settings} | trainer.source
 
 
-def save(path: Path, result: dict, trainer: Trainer, elmo: ELMo) -> None:
-    """The .pt file: for each setting the seed that is best on the validation rows, and the biLM if it was changed."""
-    config = trainer.config
-    heads = {}
-    weights = {}
-    bilm = {"digest": trainer.source["bilm"]}
+def save_run(path: Path, result: dict, trainer: Trainer, elmo: ELMo) -> None:
+    """The .pt file of a run: for each setting the seed that is best on the validation rows."""
+    classifiers = []
+    scores = {}
     for setting, numbers in result["settings"].items():
-        best = numbers["best"]
-        modules = trainer.model[f"{setting}-{trainer.seeds[best]}"]
-        heads[setting] = {"seed": trainer.seeds[best], "validation": numbers["validation"]["seeds"][best]["accuracy"]}
-        weights |= {f"{setting}.{name}": value for name, value in modules["head"].state_dict().items()}
-        if config.finetune:                                                 # a run with one setting
-            elmo = ELMo(elmo.config, elmo.words, modules["bilm"])
-    if config.finetune or config.adapt:
-        bilm = {"config": asdict(elmo.config), "words": elmo.words.words}
-        weights |= {f"bilm.{name}": value for name, value in elmo.weights().items()}
-    scores = {setting: {part: numbers[part]["accuracy"]["mean"] for part in ("train", "validation", "test")}
-              for setting, numbers in result["settings"].items()}
-    checkpoint.write_published(path, {
-        "format": FORMAT, "config": asdict(config), "labels": result["labels"], "heads": heads, "bilm": bilm,
-        "weights": {name: value.cpu().half() for name, value in weights.items()}, "metrics": scores})
+        validation = [seed["accuracy"] for seed in numbers["validation"]["seeds"]]
+        classifiers.append(Classifier.of_setting(trainer, setting, validation, result["labels"], elmo))
+        scores[setting] = {part: numbers[part]["accuracy"]["mean"] for part in ("train", "validation", "test")}
+    save(path, classifiers, scores)
 
 
 # ------------------------------------------------------------------------------------------------------- main
-def adapt(elmo: ELMo, task: Task, config: Config, file: Path, resume: bool) -> Run:
+def own_data(config: Config, options: Namespace) -> tuple[Config, Task | None]:
+    """(config, task) for the rows in --data, with task, fields and validation in the config; else (config, None)."""
+    if options.data is None:
+        if config.task == "own" or options.text or options.label or options.tokenized:
+            raise InputError("--text, --label, --tokenized and --task own are for --data; name the folder of your rows")
+        return config, None
+    if config.task not in ("ag_news", "own") or "title" in config.fields:
+        raise InputError("--data names rows of your own; leave out --task, and choose columns by --text")
+    validation = config.validation if "validation" in options.given else None
+    task = own_task(options.data, options.text or [], options.label, config.fields == "pair", validation, config.seed,
+                    options.tokenized)
+    fields = config.fields
+    if fields == "description" and len(options.text or []) > 1:
+        fields = "joined"
+    if config.rows:
+        task = task.with_labels(config.rows, config.seed)
+    return replace(config, task="own", fields=fields, validation=len(task.validation)), task
+
+
+def adapt(elmo: ELMo, task: Task, config: Config, file: Path | None = None, resume: bool = False) -> Run:
     """Trains the biLM further on the task's training texts, with the options of this run."""
     options = replace(elmo.config, epochs=config.adapt, lr=config.adapt_lr, table_lr=config.adapt_lr, seed=config.seed,
                       min_count=2, log_every=config.log_every, save_every=config.save_every, track=config.track,
@@ -585,8 +658,16 @@ def adapt(elmo: ELMo, task: Task, config: Config, file: Path, resume: bool) -> R
     return ELMO.adapt(elmo, task.corpus, options, CACHE, file, resume)
 
 
-def classify(config: Config, options: Namespace, make_vectors: Callable | None = None, stem: str | None = None) -> int:
-    """Runs the command: reads the task, trains, measures, writes. Returns the exit status.
+def load_best(run: Run) -> None:
+    """Sets the heads to the best weights of a run, rounded to half precision as in the file."""
+    if not run.finished:
+        raise KeyboardInterrupt                 # in a notebook, Ctrl-C stopped it
+    run.trainer.model.load_state_dict({key: value.half().float() for key, value in run.best.items()})
+
+
+def classify(config: Config, options: Namespace, make_vectors: Callable | None = None, stem: str | None = None,
+             task: Task | None = None) -> int:
+    """Runs the command: reads the task unless it is given, trains, measures, writes. Returns the exit status.
 
     options: out, bilstm, resume and overwrite of the command line. make_vectors(config, elmo, task) gives a baseline's
     word vectors, named by `stem`; then no .pt file is written.
@@ -596,7 +677,7 @@ def classify(config: Config, options: Namespace, make_vectors: Callable | None =
     name = stem or config.stem
     publication = Publication(name, config, options, has_model=stem is None)
     elmo = ELMo.load(options.bilstm)
-    task = read_task(config, elmo.config)
+    task = task or read_task(config, elmo.config)
     source = {"data": task.digest, "bilm": elmo.digest}
     with folder_lock(out):
         if publication.finished(source):
@@ -616,10 +697,10 @@ def classify(config: Config, options: Namespace, make_vectors: Callable | None =
         run = train(trainer, publication.state_file(trainer.identity()), options.resume)
         if not run.finished:
             return 130
-        trainer.model.load_state_dict({key: value.half().float() for key, value in run.best.items()})
+        load_best(run)
         result = measure(run, task)
         if stem is None:
-            save(out / f"{name}.pt", result, trainer, elmo)
+            save_run(out / f"{name}.pt", result, trainer, elmo)
         runs.append(run)
         seconds = time.perf_counter() - begin + sum(run.earlier for run in runs)
         result |= machine.provenance(trainer.device, seconds)
@@ -634,15 +715,22 @@ def classify(config: Config, options: Namespace, make_vectors: Callable | None =
 @script("classification.py")
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, 2 for an input that the user can fix, 130 after Ctrl-C."""
+    machine.refuse_processes("classification.py")
     config, options = script_arguments(argv, Config, "classification.py", __doc__, HERE / "models", RUN_FLAGS | {
         "--bilstm": {"metavar": "FILE", "type": Path, "default": HERE / "models" / "bilstm.pt",
                      "help": "the biLM (default models/bilstm.pt)"},
+        "--data": {"metavar": "FOLDER", "type": Path, "help": "own rows: train and test, as .csv, .tsv or .jsonl"},
+        "--text": {"metavar": "COLUMN", "nargs": "+", "help": "--data: the columns of the text"},
+        "--label": {"metavar": "COLUMN", "help": "--data: the column of the label"},
+        "--tokenized": {"action": "store_true", "help": "--data, --predict: texts have spaces between their tokens"},
         "--classifier": {"metavar": "FILE", "type": Path, "help": "for --predict (default: classifier.pt in --out)"},
         "--predict": {"metavar": "TEXT", "help": "classify this text, or the lines of standard input (-)"},
         "--json": {"action": "store_true", "help": "--predict: print one JSON object per line"}})
     if options.predict is None:
-        return classify(config, options)
-    load = partial(Classifier.load, options.classifier or options.out / "classifier.pt", options.bilstm, config.setting)
+        config, task = own_data(config, options)
+        return classify(config, options, task=task)
+    path = options.classifier or options.out / f"{config.stem}.pt"
+    load = partial(Classifier.load, path, options.bilstm, config.setting)
     inference.print_predictions(load, options.predict, config.precision, options.json)
     return 0
 

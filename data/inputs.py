@@ -38,6 +38,14 @@ def check_texts(texts: Iterable[Text]) -> list[Text]:
     return list(checked_texts(texts))
 
 
+def training_texts(texts: Iterable[Text]) -> list[Text]:
+    """The texts as a list. Raises InputError as check_texts does, and if there is no text."""
+    found = check_texts(texts)
+    if not found:
+        raise InputError("there is no text to train on; expected a list of texts")
+    return found
+
+
 def check_weights(weights: Sequence[float], count: int) -> list[float]:
     """The weights of a mix of layers. Raises InputError if they are not `count` numbers of at least 0, one above 0."""
     try:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from data.ag_news import fresh_rows, read_ag_news, split
 from data.characters import character_codes
-from data.corpus import LONGEST, Lines, Tokens, tokenize_corpus
+from data.corpus import LONGEST, Lines, Tokens, tokenize_corpus, writable
 from data.inputs import Text
 from run.files import InputError
 
@@ -188,20 +188,22 @@ class Data:
         words = Vocabulary.count(tokens.types, tokens.counts(train), config.min_count)
         if known is not None:
             words = known.grown_by(words)
-        return cls(words, Encoded.of(tokens, words, config.representation), train, validation)
+        encoded = Encoded.of(tokens, words, config.representation)
+        warn_of_unknown(encoded.unknown(train), "training tokens")
+        return cls(words, encoded, train, validation)
 
     @classmethod
-    def read(cls, config, corpus: str | None, cache: Path, known: Vocabulary | None = None,
-             tokenized: bool = False) -> "Data":
-        """The data of a run: a plain text if `corpus` names one, otherwise AG News.
+    def read(cls, config, options, cache: Path, known: Vocabulary | None = None) -> "Data":
+        """The data of a run: the plain text --corpus, or AG News. The words of `known` keep their ids.
 
-        known: words that keep their ids; tokenized: the plain text has spaces between its tokens.
+        options: corpus, tokenized and out of the command line. If `cache` cannot be written, OUT/cache is used.
         """
         if config.validation == 0:
             raise InputError("validation is 0; expected 1 or more rows, which choose the best epoch")
-        if corpus is not None:
-            return cls.of_plain_text(corpus, config, cache, known, tokenized)
-        if tokenized:
+        if options.corpus is not None:
+            folder = cache if writable(cache) else options.out / "cache"
+            return cls.of_plain_text(options.corpus, config, folder, known, options.tokenized)
+        if options.tokenized:
             raise InputError("--tokenized is for --corpus and --embed; AG News is not tokenized")
         return cls.of_ag_news(config, cache, known)
 
@@ -273,6 +275,12 @@ class Data:
         unknown = ", ".join(f"{100 * share:.2f} % of {name} tokens" for name, share in self.unknown().items())
         return (f"{len(self.train):,} training, {len(self.validation):,} validation, {len(self.test[1]):,} test rows\n"
                 f"the vocabulary has {len(self.words):,} words; not in it: {unknown}")
+
+    def parts(self, train_rows: int, seed: int) -> dict[str, tuple[Encoded, np.ndarray]]:
+        """The rows that a model is measured on: `train_rows` training rows, drawn by the seed, validation and test."""
+        order = np.random.default_rng([seed, 4]).permutation(self.train)
+        return {"train": (self.encoded, np.sort(order[:train_rows])), "validation": (self.encoded, self.validation),
+                "test": self.test}
 
     def fresh(self) -> dict[str, np.ndarray]:
         """For AG News {"validation", "test"}: (rows,) bool, False for near copies of training rows; otherwise {}.

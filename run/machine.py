@@ -189,6 +189,12 @@ def join_processes() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
+def refuse_processes(name: str) -> None:
+    """Raises InputError if torchrun started several processes for a script that does not share its work."""
+    if dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1:
+        raise InputError(f"{name} does not share its work with other processes; start it without torchrun")
+
+
 def sum_over_processes(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """The sum of each tensor over the processes of torchrun; for one process the tensors themselves.
 

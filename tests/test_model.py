@@ -106,8 +106,8 @@ def test_a_text_has_the_same_vectors_by_itself_and_in_a_padded_batch(elmo):
         assert torch.allclose(by_itself, vectors, atol=1e-5)
     in_reverse = elmo.embed(texts[::-1])
     assert torch.allclose(in_reverse[-1], in_batch[0], atol=1e-5)
-    one = elmo.score(["goal !"])["forward"]["nll"]
-    three = elmo.score(["goal !"] * 3)["forward"]["nll"]
+    one = elmo.score(["goal !"])["forward"]["nats"]
+    three = elmo.score(["goal !"] * 3)["forward"]["nats"]
     assert three == approx(3 * one, rel=1e-5)
 
 
@@ -129,7 +129,7 @@ def test_scores_equal_the_sum_over_a_full_softmax_one_word_at_a_time(elmo, d, na
         nll -= math.log(probabilities[word - 1])
     found = elmo.score([text])[name]
     assert found["tokens"] == 6                                 # 5 words and an end
-    assert found["nll"] == approx(nll, rel=1e-5)
+    assert found["nats"] == approx(nll, rel=1e-5)
     assert found["perplexity"] == approx(math.exp(nll / 6), rel=1e-5)
 
 
@@ -353,8 +353,8 @@ def test_an_untrained_model_scores_words_by_how_often_the_training_rows_have_the
     for name in ELMO.DIRECTIONS:
         known = model.score(["a"])[name]
         unknown = model.score(["b c"])[name]
-        assert known["nll"] == approx(math.log(5.5 / 2 * 5.5), rel=1e-5)                # of "a" and the end
-        assert unknown["nll"] == approx(math.log(5.5 * 5.5 / 0.5 * 5.5), rel=1e-5)      # of "b", <unk> and the end
+        assert known["nats"] == approx(math.log(5.5 / 2 * 5.5), rel=1e-5)                # of "a" and the end
+        assert unknown["nats"] == approx(math.log(5.5 * 5.5 / 0.5 * 5.5), rel=1e-5)      # of "b", <unk> and the end
 
 
 def test_forget_gates_begin_open_and_all_other_biases_at_zero():
@@ -408,7 +408,7 @@ def test_a_step_reports_the_summed_loss_and_the_predicted_tokens_of_both_directi
     expected = model.score([SENTENCES[row] for row in rows])
     trainer.model.set_trainable()
     nll, _, targets = trainer.step(0)
-    assert float(nll) == approx(expected["forward"]["nll"] + expected["backward"]["nll"], rel=1e-4)
+    assert float(nll) == approx(expected["forward"]["nats"] + expected["backward"]["nats"], rel=1e-4)
     assert targets == expected["forward"]["tokens"] + expected["backward"]["tokens"]
 
 
@@ -731,11 +731,9 @@ def test_work_on_several_cores_is_done_once_and_in_order_and_its_errors_arrive(c
 
 def test_bf16_states_are_fp32_states_to_the_precision_of_bf16(elmo):
     texts = elmo.encode(SENTENCES)
-    ids, _ = collate(texts, np.arange(4))
-    lengths = torch.from_numpy(texts.lengths)
     with torch.no_grad():
-        h32 = elmo.model.contextual(ids, lengths, None)[2]
-        h16 = elmo.model.contextual(ids, lengths, None, torch.bfloat16)[2]
+        h32 = elmo.model.contextual(texts, np.arange(4))[2]
+        h16 = elmo.model.contextual(texts, np.arange(4), torch.bfloat16)[2]
     assert h16.dtype == torch.bfloat16
     assert (h32 - h16.float()).abs().max() < 0.05 * h32.abs().max()
 

@@ -270,7 +270,7 @@ def test_a_stream_names_the_text_that_is_no_string(elmo, number):
 def test_one_string_instead_of_a_list_is_named_as_such(elmo, whole):
     clf = Classifier.load(whole / "classifier.pt", whole / "bilstm.pt")
     for call in (elmo.embed, elmo.embed_stream, elmo.score, clf.predict, ELMO.ELMo.train):
-        with pytest.raises(InputError, match="texts is one string; expected a list of strings"):
+        with pytest.raises(InputError, match="texts is one string; expected a list of texts"):
             call("one text")
     with pytest.raises(InputError, match="texts is one string"):
         elmo.embed_stream("one text", "another text")
