@@ -549,7 +549,7 @@ class ELMo:
     def embed(self, texts: Sequence[Text], precision: str = "fp32", layers: str | int = "all") -> list[Tensor]:
         """One float32 CPU tensor per text, without boundary symbols; no tokens, no vectors: (3, 0, D) or (0, D).
 
-        layers: "all" gives (3, tokens, D); "average", "top", 0, 1 and 2 give (tokens, D). InputError names a wrong text.
+        layers: "all" gives (3, tokens, D); "average", "top", 0, 1 and 2 give (tokens, D). InputError names bad texts.
         """
         return list(self.embed_stream(check_texts(texts), precision, layers=layers))
 
@@ -616,9 +616,9 @@ class ELMoLayer(ScalarMix):
         layer = elmo.layer()
         vectors, mask = layer(["Oil prices fall.", ["Goal", "!"]])      # (2, 4, D), (2, 4): True for tokens
 
-    mix: "trainable", w and gamma learn; "frozen", w is drawn by torch's generator and stays; or the three weights of the
-    layers, which stay. finetune: a copy of the biLM learns too, with dense gradients, which every optimizer takes;
-    otherwise it is no part of parameters() and state_dict(). There is no dropout.
+    mix: "trainable", w and gamma learn; "frozen", w is drawn by torch's generator and stays; or three weights, which
+    stay. finetune: a copy of the biLM learns too, with dense gradients, which every optimizer takes; otherwise it is no
+    part of parameters() and state_dict(). There is no dropout.
     """
 
     def __init__(self, elmo: ELMo, mix: str | Sequence[float], finetune: bool):
@@ -735,14 +735,14 @@ def pretrain(config: Config, options: Namespace) -> int:
 @script("ELMO.py")
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, 2 for an input that the user can fix, 130 after Ctrl-C."""
-    config, options = script_arguments(argv, Config, "ELMO.py", __doc__, HERE / "models", RUN_FLAGS | inference.EMBED_FLAGS | {
+    flags = RUN_FLAGS | inference.EMBED_FLAGS | {
         "--corpus": {"metavar": "PATH", "help": "train on the lines of this file, or of a folder's .txt and .gz files"},
         "--start": {"metavar": "FILE", "help": "go on from this biLM: its weights, words and model options"},
-        "--tokenized": {"action": "store_true", "help": "--corpus, --embed: the text has spaces between its tokens"}})
+        "--tokenized": {"action": "store_true", "help": "--corpus, --embed: the text has spaces between its tokens"}}
+    config, options = script_arguments(argv, Config, "ELMO.py", __doc__, HERE / "models", flags)
     if options.embed is None and options.out_file is None:
         return pretrain(config, options)
-    load = partial(ELMo.load, options.out / "bilstm.pt")
-    inference.embed_file(load, config.precision, options)
+    inference.embed_file(partial(ELMo.load, options.out / "bilstm.pt"), config.precision, options)
     return 0
 
 
