@@ -51,7 +51,7 @@ class Rows:
         for label, place in zip(self.labels, self.places, strict=True):
             name = checked_label(label, place)
             if name not in number:
-                raise InputError(f"{place} is {name!r}, but no training row has this label; add such rows to the "
+                raise InputError(f"{place} is {name!r:.40}, but no training row has this label; add such rows to the "
                                  "training rows, or remove this one")
             numbers.append(number[name])
         return Part(self.texts, np.array(numbers, dtype=np.int64))
@@ -63,7 +63,7 @@ def checked_label(label: object, place: str) -> str | int:
         return str(label)
     if isinstance(label, Integral) and not isinstance(label, bool):
         return int(label)
-    raise InputError(f"{place} is {str(label)[:40]!r}; expected an integer, or a string that is not empty")
+    raise InputError(f"{place} is {str(label)!r:.40}; expected an integer, or a string that is not empty")
 
 
 def class_names(labels: Sequence[str | int], places: Sequence[str]) -> list[str | int]:
@@ -78,13 +78,13 @@ def class_names(labels: Sequence[str | int], places: Sequence[str]) -> list[str 
         if first is None:
             first = name
         if type(name) is not type(first):
-            raise InputError(f"{place} is {name!r}, but {places[0]} is {first!r}; write all labels as strings, or all "
-                             "as integers")
+            raise InputError(f"{place} is {name!r:.40}, but {places[0]} is {first!r:.40}; write all labels as strings, "
+                             "or all as integers")
         names.add(name)
     if not names:
         raise InputError("there are no labels; expected one for each text")
     if len(names) == 1:
-        raise InputError(f"{places[0]} is {first!r}, and so are all others; expected at least two classes")
+        raise InputError(f"{places[0]} is {first!r:.40}, and so are all others; expected at least two classes")
     in_order = sorted(names)
     if all(isinstance(name, str) and name.isdecimal() for name in names):
         width = max(len(name) for name in names)

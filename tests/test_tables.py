@@ -48,6 +48,7 @@ def rows_of(part, labels) -> list[tuple]:
     ("csv", " Label ,TEXT\neco,Oil rises\nsport, Goal! \n", "text: column TEXT; label: column Label"),
     ("csv", "review,label\nOil rises,eco\nGoal!,sport\n", "text: column review; label: column label"),
     ("csv", "description,topic\nOil rises,eco\nGoal!,sport\n", "text: column description; label: column topic"),
+    ("csv", "0,text\neco,Oil rises\nsport,Goal!\n", "text: column text; label: column 0"),
     ("csv", ",id,class,text\n0,a,eco,Oil rises\n1,b,sport,Goal!\n", "text: column text; label: column class"),
     ("csv", ",class,review\n0,eco,Oil rises\n1,sport,Goal!\n", "text: column review; label: column class"),
     ("tsv", "label\ttext\neco\tOil rises\nsport\tGoal!\n", "text: column text; label: column label"),
@@ -82,6 +83,7 @@ def test_the_files_of_a_folder_can_have_different_forms_and_other_columns(tmp_pa
 
 @pytest.mark.parametrize("content, texts", [
     ('label\ttext\na\t"one\ttwo"\nb\t"say ""no"""\n', ["one\ttwo", 'say "no"']),
+    ('label\ttext\na\t"one two"\nb\tthree\n', ["one two", "three"]),
     ('label\ttext\na\t"one" two\nb\tthree\n', ['"one" two', "three"]),                      # not a CSV: a csv.Error
     ('label\ttext\na\t"one two\nb\tthree"\n', ['"one two', 'three"']),                      # a CSV with one merged row
     ('label\ttext\na\t"one\ntwo"\nb\tthree\n', ["one\ntwo", "three"])])
@@ -180,6 +182,7 @@ ROW = '{"text": "a", "label": "x"}\n'
     ({"train_csv": "a,b,label\na,b,x\n"}, {}, "has the columns a, b, label, and it is not clear which one is the text"),
     ({"train_csv": "text,label,class\na,b,x\n"}, {}, "not clear which one is the label; name it with --label"),
     ({"train_csv": "text,a,b\na,b,x\n"}, {}, "not clear which one is the label"),
+    ({"train_csv": ",review\n0,good\n"}, {}, "not clear which one is the text"),
     ({"train_csv": "a,b\na,b\n"}, {}, "not clear which one is the text"),
     ({"train_csv": CSV}, {"pair": True}, "a pair needs two text columns; found text; name two with --text")])
 def test_a_wrong_folder_is_named_in_one_sentence(tmp_path, contents, options, message):
@@ -283,14 +286,14 @@ def test_classes_of_ag_news_that_cannot_be_learned_are_named(tmp_path, monkeypat
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("validation, expected", [(2000, 30), (12, 12)])
-def test_a_bilm_of_other_texts_leaves_a_tenth_of_a_file_to_validation(tmp_path, monkeypatch, validation, expected):
+@pytest.mark.parametrize("bilm, validation, expected", [(4000, 2000, 30), (4000, 12, 12), (151, 2000, 30), (0, 5, 5)])
+def test_a_bilm_of_other_texts_leaves_a_tenth_to_validation(tmp_path, monkeypatch, bilm, validation, expected):
     ag_news_rows(tmp_path, monkeypatch, {"train": [1, 2, 3] * 100, "test": [1, 2]})
-    task = read_task(Config(validation=validation, seed=3), BiLMConfig(validation=4000))
+    task = read_task(Config(validation=validation, seed=3), BiLMConfig(validation=bilm))
     assert len(task.validation) == expected
     assert len(task.train) == 300 - expected
     assert task.notes[0].startswith(f"{expected} validation rows are drawn by --validation and --seed")
-    other = read_task(Config(validation=validation, seed=4), BiLMConfig(validation=4000))
+    other = read_task(Config(validation=validation, seed=4), BiLMConfig(validation=bilm))
     assert other.validation.texts != task.validation.texts
 
 
