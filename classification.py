@@ -37,6 +37,8 @@ import ELMO
 from data.ag_news import CACHE
 from data.batches import batches, reverse_within_lengths
 from data.inputs import Text
+from data.labels import labelled_task
+from data.tables import own_task
 from data.tasks import EncodedTexts, Part, Task, check_rows, read_task
 from data.text import Encoded
 from ELMO import BiLM, ELMo, ScalarMix
@@ -474,7 +476,8 @@ class Classifier:
         pair = len(rows) > 0 and isinstance(rows[0], tuple)
         config = replace(config, task="own", fields="pair" if pair else "description",
                          setting="trainable" if config.setting == "all" else config.setting)
-        task = labelled_task(check_rows(rows, config), labels, config.validation, config.seed)
+        validation = min(config.validation, max(1, len(rows) // 10))
+        task = labelled_task(check_rows(rows, config), labels, validation, config.seed)
         if config.adapt:
             elmo = ELMo.from_run(adapt(elmo, task, config))
         parts = {part: EncodedTexts(getattr(task, part), elmo) for part in ("train", "validation")}

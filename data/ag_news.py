@@ -99,7 +99,8 @@ def read_csv(path: str | Path) -> pd.DataFrame:
         header = rows.pop(0)
         if first not in HEADERS:
             raise InputError(f"{path}: the header is {','.join(header)[:80]!r}; expected 'Class Index,Title,"
-                             "Description', 'Class Index,Description', or no header and three columns")
+                             "Description', 'Class Index,Description', or no header and three columns; for texts and "
+                             "labels of your own use `python classification.py --data FOLDER`")
     elif len(first) != 3:
         raise InputError(f"{path}, row 1: has {len(first)} columns; expected class, title, description")
     for number, row in enumerate(rows, start=1):
@@ -111,18 +112,40 @@ def read_csv(path: str | Path) -> pd.DataFrame:
     return table
 
 
-def read_rows(path: str | Path) -> list[list[str]]:
-    """The fields of every row that is not blank. Not read by pandas, which would fill up rows that are too short."""
+def read_rows(path: str | Path, delimiter: str = ",") -> list[list[str]]:
+    """The fields of every row that is not blank. Not read by pandas, which would fill up rows that are too short.
+
+    If the delimiter is a tab, quotes may be plain characters: see `read_tabs`.
+    """
     text = read_text(path)
     if "\0" in text:
         line = text[:text.index("\0")].count("\n") + 1
         raise InputError(f"{path}, line {line}: holds a NUL character; it is not the text of a CSV file")
     csv.field_size_limit(2**27)
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    if delimiter == "\t":
+        rows = read_tabs(text)
+    else:
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        try:
+            rows = list(reader)
+        except csv.Error as error:
+            raise InputError(f"{path}, line {reader.line_num}: {error}; check the quotes there") from None
+    return [row for row in rows if len(row) > 1 or "".join(row).strip()]
+
+
+def read_tabs(text: str) -> list[list[str]]:
+    """The rows of a text with tabs between the fields, by the rules of CSV if they fit, otherwise quotes included.
+
+    The rules do not fit if they fail, or if they merge lines that each have the same number of fields. So a quote that
+    is never closed, as in the files of GLUE, is a character of its text.
+    """
+    lines = list(csv.reader(io.StringIO(text, newline=""), delimiter="\t", quoting=csv.QUOTE_NONE))
     try:
-        return [row for row in reader if len(row) > 1 or "".join(row).strip()]
-    except csv.Error as error:
-        raise InputError(f"{path}, line {reader.line_num}: {error}; check the quotes there") from None
+        rows = list(csv.reader(io.StringIO(text, newline=""), delimiter="\t", strict=True))
+    except csv.Error:
+        return lines
+    sizes = {len(line) for line in lines if line}
+    return lines if len(rows) < len(lines) and len(sizes) == 1 else rows
 
 
 def class_numbers(table: pd.DataFrame, path: str | Path) -> pd.Series:

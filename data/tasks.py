@@ -6,7 +6,7 @@
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -56,24 +56,29 @@ class Task:
 
     corpus: the training texts for a language model; they differ from `train` if its rows are phrases or pairs.
     fresh: (test rows,) bool, False for near copies of rows of train.csv; None if the task is not AG News.
+    notes: what a user should know of how the rows were read, as lines to print.
     """
     name: str
-    labels: list[str]
+    labels: list[str | int]
     train: Part
     validation: Part
     test: Part
-    corpus: list[str]
+    corpus: list[Text]
     fresh: np.ndarray | None = None
+    notes: list[str] = field(default_factory=list)
 
     def summary(self) -> str:
-        """Name and rows, as a line to print."""
-        return (f"{self.name}: {len(self.train):,} training, {len(self.validation):,} validation, "
+        """Name and rows, and the notes, as lines to print."""
+        rows = (f"{self.name}: {len(self.train):,} training, {len(self.validation):,} validation, "
                 f"{len(self.test):,} test rows")
+        return "\n".join([rows, *self.notes])
 
     @property
     def digest(self) -> str:
         """SHA-256 of all texts and labels."""
         sha = hashlib.sha256(repr(self.corpus).encode())
+        if self.name == "own":                          # the classes of the other tasks have fixed names
+            sha.update(repr(self.labels).encode())
         for part in (self.train, self.validation, self.test):
             sha.update(repr(part.texts).encode())
             sha.update(part.labels.tobytes())
@@ -93,7 +98,7 @@ def read_task(config, bilm_config) -> Task:
     Raises InputError if files are missing or damaged.
     """
     if config.task == "ag_news":
-        task = ag_news_task(config.fields, bilm_config.validation, bilm_config.seed, bilm_config.rows)
+        task = ag_news_task(config, bilm_config)
     elif config.task == "nli":
         task = nli_task(config.validation, config.seed)
     else:
@@ -145,9 +150,21 @@ def check_rows(texts: Iterable[Text | tuple[Text, ...]], config) -> list[tuple[T
 
 
 # ---------------------------------------------------------------------------------------------------- AG News
-def with_title(title: str, description: str) -> str:
-    """Title and description joined to one text."""
-    return f"{title} . {description}"
+def with_title(*texts: Text) -> Text:
+    """Title and description, or any texts, joined to one text. The texts are all strings, or all lists of tokens.
+
+    ("A title", "Oil rises") -> "A title . Oil rises"; (["A", "title"], ["Oil", "rises"]) -> ["A", "title", ".", "Oil",
+    "rises"].
+    """
+    strings = [text for text in texts if isinstance(text, str)]
+    if len(strings) == len(texts):
+        return " . ".join(texts)
+    if strings:
+        raise InputError("a string and a list of tokens cannot be joined to one text; write both in the same form")
+    joined = list(texts[0])
+    for text in texts[1:]:
+        joined += [".", *text]
+    return joined
 
 
 def ag_news_part(table: pd.DataFrame, fields: str) -> Part:
@@ -160,21 +177,86 @@ def ag_news_part(table: pd.DataFrame, fields: str) -> Part:
     return Part([(text,) for text in texts], table["class"].to_numpy() - 1)
 
 
-def ag_news_task(fields: str, validation: int, seed: int, first: int = 0) -> Task:
-    """AG News with the validation rows that the biLM took from the `first` rows (0: all) of train.csv.
+def ag_news_task(config, bilm_config) -> Task:
+    """AG News, or own rows in its layout. Its classes are those of the rows of train.csv.
 
-    A biLM of other texts has more rows, or no validation rows; then they are drawn from all of train.csv.
+    config: fields, validation, seed; bilm_config: validation, seed, rows. The validation rows are those of the biLM,
+    which it took from the first `rows` rows (0: all) of train.csv. See `ag_news_validation` for a biLM of other texts.
     """
     table = read_ag_news("train")
     test_table = read_ag_news("test")
-    known = ag_news_part(table, fields)
-    test = ag_news_part(test_table, fields)
-    rows = first if validation and 0 < first <= len(known) else len(known)
-    _, validation_rows = split(rows, validation or min(4000, rows // 10), seed)
+    classes = np.unique(table["class"])                 # for example [1, 2]
+    check_ag_news_classes(classes, test_table)
+    known = renumbered(ag_news_part(table, config.fields), classes - 1)
+    test = renumbered(ag_news_part(test_table, config.fields), classes - 1)
+    validation_rows, notes = ag_news_validation(len(known), config, bilm_config)
+    validation_rows = leave_each_class(validation_rows, known.labels)
     train = known.take(np.setdiff1d(np.arange(len(known)), validation_rows))
-    corpus = [text for text, in train.texts]
+    labels = [AG_NEWS_LABELS[c - 1] for c in classes]
     fresh = fresh_rows(table.description, test_table.description)
-    return Task("ag_news", AG_NEWS_LABELS, train, known.take(validation_rows), test, corpus, fresh)
+    return Task("ag_news", labels, train, known.take(validation_rows), test, corpus_of(train.texts), fresh, notes)
+
+
+def check_ag_news_classes(classes: np.ndarray, test_table: pd.DataFrame) -> None:
+    """Raises InputError if train.csv has only one class, or test.csv a class that train.csv does not have."""
+    folder = ag_news_folder()
+    if len(classes) == 1:
+        raise InputError(f"{folder / 'train.csv'}: every row has class {classes[0]}; expected at least two classes")
+    known = test_table["class"].isin(classes)
+    if not known.all():
+        row = int(np.argmin(known))
+        raise InputError(f"{folder / 'test.csv'}, row {row + 1}: class is {test_table['class'][row]}, but no row of "
+                         "train.csv has this class; add such rows to train.csv or remove this one")
+
+
+def renumbered(part: Part, classes: np.ndarray) -> Part:
+    """The part with its labels as positions in `classes`: with classes [1, 3], labels 1 and 3 become 0 and 1."""
+    return Part(part.texts, np.searchsorted(classes, part.labels))
+
+
+def ag_news_validation(rows: int, config, bilm_config) -> tuple[np.ndarray, list[str]]:
+    """(row numbers of validation, notes) for a train.csv with so many rows.
+
+    They are the rows that the biLM did not learn. If it has none, or so many that over half of train.csv would be
+    validation, its texts were others. Then `config` draws the rows, at most a tenth of train.csv.
+    """
+    if 0 < bilm_config.validation <= rows // 2:
+        first = bilm_config.rows if 0 < bilm_config.rows <= rows else rows
+        _, validation_rows = split(first, bilm_config.validation, bilm_config.seed)
+        return validation_rows, []
+    size = min(config.validation, max(1, rows // 10))
+    _, validation_rows = split(rows, size, config.seed)
+    note = (f"{size:,} validation rows are drawn by --validation and --seed, at most a tenth of train.csv, because the "
+            "biLM's run has none that fit this file")
+    return validation_rows, [note]
+
+
+def leave_each_class(validation: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The validation rows, but a class that would have no training row left keeps the first of its rows in training.
+
+    labels: of all rows, training and validation. With labels [0, 1, 1] and validation rows [1, 2], row 2 is left.
+    Raises InputError if none is left.
+    """
+    classes, first = np.unique(labels[validation], return_index=True)
+    training_labels = np.delete(labels, validation)
+    lost = ~np.isin(classes, training_labels)
+    rest = np.delete(validation, first[lost])
+    if len(validation) > 0 and len(rest) == 0:
+        raise InputError("each row that was drawn for validation is the only one of its class; add training rows of "
+                         "these classes")
+    return rest
+
+
+def corpus_of(rows: Sequence[tuple[str | list[str], ...]]) -> list[str | list[str]]:
+    """The texts of the rows, for a language model. Pairs often share a text, so each of their texts comes once."""
+    if rows and len(rows[0]) == 1:
+        return [text for text, in rows]
+    texts = {}
+    for row in rows:
+        for text in row:
+            key = text if isinstance(text, str) else tuple(text)
+            texts.setdefault(key, text)
+    return list(texts.values())
 
 
 def task_folder(variable: str, files: Sequence[str], content: str) -> Path:
@@ -259,30 +341,38 @@ def unescape(word: str) -> str:
 def nli_task(validation: int, seed: int) -> Task:
     """MultiNLI (Williams et al. 2018) with validation rows from its training rows. SNLI's rows join the training."""
     folder = task_folder("NLI_DIR", ["mnli_train_subset.tsv", "mnli_eval_easycl.tsv"], "label, premise, hypothesis")
-    known = read_pairs(folder / "mnli_train_subset.tsv")
-    test = read_pairs(folder / "mnli_eval_easycl.tsv")
+    known, notes = read_pairs(folder / "mnli_train_subset.tsv")
+    test, test_notes = read_pairs(folder / "mnli_eval_easycl.tsv")
+    notes += test_notes
     train_rows, validation_rows = split(len(known), validation, seed)
     train = known.take(train_rows)
     if (folder / "snli_train_subset.tsv").is_file():
-        snli = read_pairs(folder / "snli_train_subset.tsv")
+        snli, snli_notes = read_pairs(folder / "snli_train_subset.tsv")
+        notes += snli_notes
         train = Part(train.texts + snli.texts, np.concatenate([train.labels, snli.labels]))
-    corpus = {}                                     # every text once, in order
-    for pair in train.texts:
-        corpus |= dict.fromkeys(pair)
-    return Task("nli", NLI_LABELS, train, known.take(validation_rows), test, list(corpus))
+    return Task("nli", NLI_LABELS, train, known.take(validation_rows), test, corpus_of(train.texts), notes=notes)
 
 
-def read_pairs(path: Path) -> Part:
-    """The rows of a file of label, premise and hypothesis with tabs between, without a header."""
+def read_pairs(path: Path) -> tuple[Part, list[str]]:
+    """The rows of a file of label, premise and hypothesis with tabs between, without a header.
+
+    A row with the label "-" is skipped: its annotators did not agree. A note tells how many there are.
+    """
     rows = []
+    skipped = 0
     for number, line in enumerate(read_lines(path), start=1):
         if not line.strip():
             continue
         label, *texts = line.split("\t")
-        if len(texts) != 2 or label not in NLI_LABELS:
+        if len(texts) != 2 or label not in [*NLI_LABELS, "-"]:
             raise InputError(f"{path}, line {number}: {line[:40]!r} is no row; expected label, premise and hypothesis "
                              f"with a tab between, the label one of {', '.join(NLI_LABELS)}")
-        rows.append((NLI_LABELS.index(label), tuple(texts)))
+        if label == "-":
+            skipped += 1
+        else:
+            rows.append((NLI_LABELS.index(label), tuple(texts)))
     if not rows:
-        raise InputError(f"{path}: the file is empty; expected rows of label, premise, hypothesis")
-    return Part.of(rows)
+        raise InputError(f"{path}: the file is empty, or has no row with a label; expected rows of label, premise, "
+                         "hypothesis")
+    notes = [f"{path.name}: {skipped:,} rows without a label (-) are skipped"] if skipped else []
+    return Part.of(rows), notes

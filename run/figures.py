@@ -23,6 +23,7 @@ MARKERS = "os^"
 PERPLEXITY_TICKS = (1, 2, 3, 5, 8, 12, 20, 30, 50, 70,
                     100, 150, 200, 300, 500, 1000, 2000)
 MIN_SHOWN = 5           # percent; cells with a smaller share stay blank
+LARGEST = 14            # inches: width of the confusion matrix of many classes
 
 
 def pretraining(result: dict, out: Path) -> None:
@@ -114,15 +115,24 @@ def percent_of_gold(counts: np.ndarray) -> np.ndarray:
 
 
 def confusion_matrix(axes: Axes, percent: np.ndarray, texts: list[str], names: list[str], size: float):
-    """Draws percentages (C, C) of the classes `names`, with C * C texts in the cells; returns the image."""
+    """Draws percentages (C, C) of the classes `names`; returns the image. texts: of the C * C cells, or empty."""
     display = ConfusionMatrixDisplay(percent, display_labels=names)
-    display.plot(ax=axes, cmap="cividis", colorbar=False, im_kw={"vmin": 0, "vmax": 100})
-    for cell, text, value in zip(display.text_.flat, texts, percent.flat, strict=True):
-        cell.set_text(text)
-        cell.set_fontsize(size)
-        cell.set_color("black" if value > 55 else "white")
+    display.plot(ax=axes, cmap="cividis", colorbar=False, im_kw={"vmin": 0, "vmax": 100}, include_values=bool(texts))
+    if texts:
+        for cell, text, value in zip(display.text_.flat, texts, percent.flat, strict=True):
+            cell.set_text(text)
+            cell.set_fontsize(size)
+            cell.set_color("black" if value > 55 else "white")
     axes.tick_params(labelsize=size + 1)
+    for name in [*axes.get_xticklabels(), *axes.get_yticklabels()]:
+        name.set_parse_math(False)                      # "$" in a name is a dollar sign
     return display.im_
+
+
+def short_name(name: str | int) -> str:
+    """The name of a class on one line, cut to 25 characters."""
+    line = " ".join(str(name).split())
+    return line if len(line) <= 25 else f"{line[:24]}…"
 
 
 def word_confusion(confusion: dict) -> Figure:
@@ -145,33 +155,43 @@ def word_confusion(confusion: dict) -> Figure:
     return figure
 
 
-def class_confusion(labels: list[str], numbers: dict, rows: str) -> Figure:
+def class_confusion(labels: list[str | int], numbers: dict, rows: str) -> Figure:
     """Confusion matrix of the ensemble: counts, and percent of each gold class.
 
+    With many classes everything is drawn smaller, so that the width is at most LARGEST; very small cells have no text.
+
     Args:
+        labels: names of the classes.
         numbers: of one setting on one part of the rows.
         rows: name of setting and part, for the title.
     """
     counts = np.array(numbers["ensemble"]["confusion"])
     percent = percent_of_gold(counts)
-    cells = zip(counts.flat, percent.flat, strict=True)
-    texts = [f"{count:,}\n{value:.1f} %" for count, value in cells]
+    names = [short_name(name) for name in labels]
     size = len(labels)
-    figure, axes = new_figure(0.85 * size + 1.4, 0.75 * size + 0.9)
-    image = confusion_matrix(axes, percent, texts, labels, size=7)
-    if size > 4:
+    width = 0.85 * size + 1.4
+    scale = min(1, LARGEST / width)
+    texts = []
+    if scale > 0.55:                                    # below, the letters would be too small to read
+        texts = [f"{count:,}\n{value:.1f} %" for count, value in zip(counts.flat, percent.flat, strict=True)]
+    figure, axes = new_figure(scale * width, scale * (0.75 * size + 0.9))
+    image = confusion_matrix(axes, percent, texts, names, size=7 * scale)
+    axes.tick_params(labelsize=min(8, 32 * scale))      # a name is lower than its row of 54 * scale points
+    if size >= 8 or max(len(name) for name in names) > 13:
+        axes.tick_params(axis="x", rotation=90)
+    elif size > 4:
         axes.tick_params(axis="x", rotation=20)
     mistakes = counts.copy()
     np.fill_diagonal(mistakes, 0)
     gold, predicted = np.unravel_index(mistakes.argmax(), mistakes.shape)
     worst = "no row is mistaken"
     if mistakes.any():
-        worst = f"most often {labels[gold]} is taken for {labels[predicted]}"
+        worst = f"most often {names[gold]} is taken for {names[predicted]}"
     seeds = len(numbers["seeds"])
     mean = f", mean probabilities of {seeds} seeds" if seeds > 1 else ""
     right = numbers["ensemble"]["accuracy"]
     label(axes, f"{rows}: {right:.2%} right{mean};\n{worst} (n = {counts.sum():,})", "predicted class", "gold class")
-    axes.title.set_fontsize(7.5)
+    axes.title.set(fontsize=7.5, parse_math=False)
     bar = figure.colorbar(image, ax=axes, shrink=0.8, label="percent of the gold class")
     bar.ax.tick_params(labelsize=7)
     return figure

@@ -156,8 +156,8 @@ def perplexity_table(result: dict) -> str:
 
 
 # --------------------------------------------------------------------------------------------------- classifiers
-def classification_metrics(p: np.ndarray, gold: np.ndarray, labels: Sequence[str]) -> dict:
-    """Metrics of probabilities p (N, C) against gold classes (N,).
+def classification_metrics(p: np.ndarray, gold: np.ndarray, labels: Sequence[str | int]) -> dict:
+    """Metrics of probabilities p (N, C) against gold classes (N,). labels: the names of the C classes.
 
     rows, accuracy, nll (mean negative log-likelihood), calibration_error (mean |confidence - accuracy| of 15 bins of
     equal width, weighted by their rows, Guo et al. 2017), macro_precision, macro_recall, macro_f1, classes (precision,
@@ -179,8 +179,12 @@ def classification_metrics(p: np.ndarray, gold: np.ndarray, labels: Sequence[str
     metrics["macro_f1"] = float(f1.mean())
     metrics["classes"] = {}
     for c, label in enumerate(labels):
-        metrics["classes"][label] = {
-            "precision": float(precision[c]), "recall": float(recall[c]), "f1": float(f1[c]), "rows": int(rows[c])}
+        metrics["classes"][str(label)] = {
+            "precision": float(precision[c]),
+            "recall": float(recall[c]),
+            "f1": float(f1[c]),
+            "rows": int(rows[c]),
+        }
     metrics["confusion"] = confusion_matrix(gold, predicted, labels=classes).tolist()
     return metrics
 
@@ -200,7 +204,7 @@ def mean_and_std(values: Sequence[float]) -> dict:
     return {"mean": float(np.mean(values)), "std": std}
 
 
-def over_seeds(p: np.ndarray, gold: np.ndarray, labels: Sequence[str], fresh: np.ndarray | None = None) -> dict:
+def over_seeds(p: np.ndarray, gold: np.ndarray, labels: Sequence[str | int], fresh: np.ndarray | None = None) -> dict:
     """Metrics of S seeds' probabilities p (S, N, C).
 
     seeds: classification_metrics of each; ensemble: those of the seeds' mean probabilities; accuracy and macro_f1:
@@ -235,20 +239,22 @@ def validation_numbers(p: dict[str, Tensor], gold: Tensor, settings: Sequence[st
     return float(np.mean(losses)), numbers
 
 
-def classification_numbers(p: dict, gold: dict, heads: list[str], labels: Sequence[str],
+def classification_numbers(p: dict, gold: dict, heads: list[str], labels: Sequence[str | int],
                            fresh: np.ndarray | None) -> dict:
     """The numbers of one setting in a classification.json.
 
     p[part][head] (N, C) tensors for the heads of all seeds, gold[part] (N,), with the parts train, validation and test.
     train, validation, test: from over_seeds; predictions: class of each test row by the seeds' mean probabilities, one
-    digit per row; best: index of the seed that is best on the validation rows.
+    digit per row ("2031"), or with more than 10 classes a number per row, spaces between ("2 11 0"); best: index of
+    the seed that is best on the validation rows.
     """
     numbers = {}
     for part in gold:
         of_seeds = np.stack([p[part][head].numpy() for head in heads])                          # (S, N, C)
         numbers[part] = over_seeds(of_seeds, gold[part], labels, fresh if part == "test" else None)
     predictions = of_seeds.mean(axis=0).argmax(axis=1)                                          # of the last part, test
-    numbers["predictions"] = "".join(str(c) for c in predictions)
+    space = " " if len(labels) > 10 else ""
+    numbers["predictions"] = space.join(str(c) for c in predictions)
     validation = [seed["accuracy"] for seed in numbers["validation"]["seeds"]]
     numbers["best"] = int(np.argmax(validation))
     return numbers

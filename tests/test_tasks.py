@@ -77,7 +77,8 @@ def test_trees_give_sentences_or_every_phrase_once_and_binary_ones_leave_neutral
 
 
 def test_pairs_are_read_by_tabs(tasks):
-    part = read_pairs(tasks / "mnli_eval_easycl.tsv")
+    part, notes = read_pairs(tasks / "mnli_eval_easycl.tsv")
+    assert notes == []
     assert part.texts[0] == ("the bank sued the court .", "the bank sued .")
     assert part.labels.tolist() == [0, 1, 2] * 8
 
@@ -95,7 +96,7 @@ def test_the_first_texts_of_pairs_come_before_the_second_ones(elmo):
 def test_validation_rows_are_those_that_the_bilm_never_saw(builtin, tmp_path):
     data = Data.of_ag_news(ELMO.Config(rows=300, validation=40, seed=7), tmp_path)
     texts, _ = data.texts
-    task = ag_news_task("description", 40, 7, 300)
+    task = ag_news_task(Config(), ELMO.Config(rows=300, validation=40, seed=7))
     assert task.validation.texts == [(texts[row],) for row in data.validation]
     assert len(task.train) == 560
     assert len(task.test) == 100
