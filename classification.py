@@ -58,6 +58,7 @@ EVALUATIONS = 2                         # on the validation rows, per pass over 
 AVERAGE_EVERY = 10                      # steps between updates of the averaged weights
 LAYER_DECAY = 2.6                       # fine-tuning: a layer learns this much slower than the one above (ULMFiT)
 MEASURED_TRAINING_ROWS = 10_000
+OWN_BATCHES = 50                        # at least, per pass over own rows, since a few updates would not be enough
 
 
 # ---------------------------------------------------------------------------------------------------- options
@@ -80,7 +81,7 @@ class Config:
     validation: int = option(2000, "training rows set aside for validation; of --data at most a tenth, unless given; "
                              "ag_news: as the biLM's run", min=1)
     epochs: float = option(2.0, "passes over the training rows", max=100_000)
-    batch_tokens: int = option(3000, "positions (B x T) of a batch", min=1)
+    batch_tokens: int = option(3000, "positions (B x T) of a batch; fewer if own rows are few", min=1)
     lr: float = option(4e-3, "peak learning rate of the head", max=10)
     mix_lr: float = option(2e-2, "peak learning rate of w and gamma", max=10)
     bilm_lr: float = option(4e-3, "finetune: peak learning rate of the biLM's top layer", max=10)
@@ -356,9 +357,12 @@ class Trainer:
     def start_epoch(self, epoch: int) -> None:
         """New batches of rows of about equal length, the same ones for all learners."""
         generator = np.random.default_rng([self.config.seed, epoch])
+        lengths = self.parts["train"].lengths
         positions = self.config.batch_tokens // (1 + self.config.pair)
+        if self.config.task == "own":
+            positions = min(positions, int((lengths + 1).sum()) // OWN_BATCHES)
         self.epoch = epoch
-        self.batches = batches(self.parts["train"].lengths, positions, generator)
+        self.batches = batches(lengths, positions, generator)
 
     @machine.torch_threads(1)
     def step(self, step: int) -> tuple[Tensor, Tensor, int]:
@@ -468,16 +472,18 @@ class Classifier:
               config: Config | None = None) -> "Classifier":
         """Trains a classifier of your own texts, or pairs of texts; setting `trainable`, unless config names another.
 
-        labels: one per text, any strings or integers. A tenth of the rows, at most `validation`, chooses the best
-        weights. InputError names a text or a label that is wrong. Ctrl-C raises KeyboardInterrupt.
+        labels: one per text, strings or integers. A tenth of the rows, at most `validation`, chooses the best weights.
+        InputError names a text or a label that is wrong.
         """
         config = config or Config()
-        rows = list(texts)
+        rows = texts if isinstance(texts, str) else list(texts)             # check_rows refuses a single string
         pair = len(rows) > 0 and isinstance(rows[0], tuple)
         config = replace(config, task="own", fields="pair" if pair else "description",
                          setting="trainable" if config.setting == "all" else config.setting)
+        rows = check_rows(rows, config)
+        check_words(EncodedTexts(Part.without_labels(rows), elmo))
         validation = min(config.validation, max(1, len(rows) // 10))
-        task = labelled_task(check_rows(rows, config), labels, validation, config.seed)
+        task = labelled_task(rows, labels, validation, config.seed)
         if config.adapt:
             elmo = ELMo.from_run(adapt(elmo, task, config))
         parts = {part: EncodedTexts(getattr(task, part), elmo) for part in ("train", "validation")}
@@ -547,8 +553,7 @@ class Classifier:
     def probabilities(self, texts: Sequence[Text | tuple[Text, ...]], precision: str = "fp32") -> Tensor:
         """(N, C) float32 CPU tensor. InputError names a text without words."""
         part = self.encode(texts)
-        if not part.shortest.all():
-            raise InputError(f"text {part.shortest.argmin()} has no words; there is nothing to classify")
+        check_words(part)
         return self.probabilities_of(part, np.arange(len(part.labels)), precision)
 
     def encode(self, texts: Sequence[Text | tuple[Text, ...]]) -> EncodedTexts:
@@ -563,9 +568,9 @@ class Classifier:
 
 
 def save(path: str | Path, classifiers: Sequence[Classifier], scores: dict | None = None) -> None:
-    """Writes the classifiers of one run, each of another setting; with them their biLM, unless a file has it.
+    """Writes the classifiers of one run, each of another setting, and their biLM, if it is in no other file.
 
-    A biLM that was adapted, fine-tuned or never saved is in no file. scores: accuracies, for who opens the file.
+    So is a biLM that was adapted, fine-tuned or never saved. scores: accuracies, for whoever opens the file.
     """
     heads = {}
     weights = {}
@@ -582,6 +587,12 @@ def save(path: str | Path, classifiers: Sequence[Classifier], scores: dict | Non
         "format": FORMAT, "config": asdict(classifiers[0].config), "labels": classifiers[0].labels, "heads": heads,
         "bilm": bilm, "weights": {name: value.cpu().half() for name, value in weights.items()},
         "metrics": scores or {}})
+
+
+def check_words(part: EncodedTexts) -> None:
+    """Raises InputError that names a text without words."""
+    if not part.shortest.all():
+        raise InputError(f"text {part.shortest.argmin()} has no words; there is nothing to classify")
 
 
 def bilm_of(path: str | Path, content: dict, bilstm: str | Path | None, device: torch.device) -> ELMo:
@@ -645,9 +656,8 @@ def own_data(config: Config, options: Namespace) -> tuple[Config, Task | None]:
     validation = config.validation if "validation" in options.given else None
     task = own_task(options.data, options.text or [], options.label, config.fields == "pair", validation, config.seed,
                     options.tokenized)
-    fields = config.fields
-    if fields == "description" and len(options.text or []) > 1:
-        fields = "joined"
+    several = len(options.text or []) > 1
+    fields = "joined" if several and config.fields == "description" else config.fields
     if config.rows:
         task = task.with_labels(config.rows, config.seed)
     return replace(config, task="own", fields=fields, validation=len(task.validation)), task
