@@ -98,9 +98,8 @@ class Config:
 
     def __post_init__(self):
         check_options(self)
-        allowed = {"ag_news": ("description", "title+description"), "own": ("description", "joined", "pair")}
-        if self.fields not in allowed.get(self.task, ("description",)):
-            raise InputError(f"fields is {self.fields}, which the rows of {self.task} do not have")
+        if "title" in self.fields and self.task != "ag_news":
+            raise InputError(f"fields is {self.fields}, but the rows of {self.task} have no titles")
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -648,8 +647,8 @@ def save_run(path: Path, result: dict, trainer: Trainer, elmo: ELMo) -> None:
 def own_data(config: Config, options: Namespace) -> tuple[Config, Task | None]:
     """(config, task) for the rows in --data, with task, fields and validation in the config; else (config, None)."""
     if options.data is None:
-        if config.task == "own" or options.text or options.label or options.tokenized:
-            raise InputError("--text, --label, --tokenized and --task own are for --data; name the folder of your rows")
+        if config.task == "own" or config.fields in ("joined", "pair") or options.text or options.label:
+            raise InputError("--task own, --fields joined or pair, --text and --label are for --data; name its folder")
         return config, None
     if config.task not in ("ag_news", "own") or "title" in config.fields:
         raise InputError("--data names rows of your own; leave out --task, and choose columns by --text")

@@ -17,6 +17,7 @@ import ELMO
 from data import sample
 from data.ag_news import read_csv
 from data.tasks import EncodedTexts, Part
+from data.text import BOS, EOS
 from run import figures
 from run.files import write_atomically
 from run.optimization import Optimizers
@@ -91,6 +92,30 @@ def trainer_of(elmo: ELMO.ELMo, **options) -> classification.Trainer:
     small = {"hidden": 6, "batch_tokens": 60, "precision": "fp32", "log_every": 10_000}
     config = classification.Config(**small | options)
     return classification.Trainer(config, classification.ELMoVectors(elmo.model), parts, 4)
+
+
+def slow_states(model: ELMO.BiLM, ids: list[int], d: int) -> list[Tensor]:
+    """[h_0, h_1, h_2], each (n + 1, P): direction d read one word at a time by the equations of an LSTM cell."""
+    stream = [BOS, *ids] if d == 0 else [EOS, *reversed(ids)]
+    inputs = [model.table[i] for i in stream]
+    layers = [torch.stack(inputs)]
+    for j, lstm in enumerate(model.lstms(d)):
+        c = torch.zeros(lstm.hidden_size)
+        h = torch.zeros(lstm.proj_size or lstm.hidden_size)
+        outputs = []
+        for x in inputs:
+            gates = lstm.weight_ih_l0 @ x + lstm.weight_hh_l0 @ h + lstm.bias_ih_l0
+            input_gate, forget_gate, cell, output_gate = gates.chunk(4)
+            c = forget_gate.sigmoid() * c + input_gate.sigmoid() * cell.tanh()
+            h = output_gate.sigmoid() * c.tanh()
+            if lstm.proj_size:
+                h = lstm.weight_hr_l0 @ h
+            outputs.append(h)
+        if j == 1:                                          # skip connection
+            outputs = [new + old for new, old in zip(outputs, inputs, strict=True)]
+        inputs = outputs
+        layers.append(torch.stack(inputs))
+    return layers
 
 
 def gradients_of_update(trainer, step: int, module: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:

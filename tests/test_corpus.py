@@ -133,6 +133,8 @@ def test_only_a_few_chunks_are_read_ahead_however_long_the_corpus_is():
 def test_a_corpus_is_refused_if_its_cache_cannot_be_written(tmp_path, capsys, monkeypatch):
     (tmp_path / "a.txt").write_text("one\ntwo\nthree\n")
     (tmp_path / "cache").write_text("a file")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "cache").write_text("a file")
     monkeypatch.setattr(ELMO, "CACHE", tmp_path / "cache")
     argv = ["--corpus", str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"), "--validation", "1"]
     assert ELMO.main(argv) == 2

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SENTENCES, changed, encoded, gradients_of_update, tiny
+from conftest import SENTENCES, changed, encoded, gradients_of_update, slow_states, tiny
 from pytest import approx
 from torch import Tensor, nn
 
@@ -27,30 +27,6 @@ CPU = torch.device("cpu")
 def new_trainer(sentences: list[str], **options) -> Trainer:
     """A trainer of a tiny model on the processor; every sentence is a training row."""
     return Trainer(tiny(**options), encoded(sentences), CPU)
-
-
-def slow_states(model: BiLM, ids: list[int], d: int) -> list[Tensor]:
-    """[h_0, h_1, h_2], each (n + 1, P): direction d read one word at a time by the equations of an LSTM cell."""
-    stream = [BOS, *ids] if d == 0 else [EOS, *reversed(ids)]
-    inputs = [model.table[i] for i in stream]
-    layers = [torch.stack(inputs)]
-    for j, lstm in enumerate(model.lstms(d)):
-        c = torch.zeros(lstm.hidden_size)
-        h = torch.zeros(lstm.proj_size or lstm.hidden_size)
-        outputs = []
-        for x in inputs:
-            gates = lstm.weight_ih_l0 @ x + lstm.weight_hh_l0 @ h + lstm.bias_ih_l0
-            input_gate, forget_gate, cell, output_gate = gates.chunk(4)
-            c = forget_gate.sigmoid() * c + input_gate.sigmoid() * cell.tanh()
-            h = output_gate.sigmoid() * c.tanh()
-            if lstm.proj_size:
-                h = lstm.weight_hr_l0 @ h
-            outputs.append(h)
-        if j == 1:                                          # skip connection
-            outputs = [new + old for new, old in zip(outputs, inputs, strict=True)]
-        inputs = outputs
-        layers.append(torch.stack(inputs))
-    return layers
 
 
 # ---------------------------------------------------------------------------------------- leakage, alignment, padding

@@ -5,9 +5,8 @@ import warnings
 
 import pytest
 import torch
-from conftest import SENTENCES, arguments, numbers, refused, tiny
+from conftest import SENTENCES, arguments, numbers, refused, slow_states, tiny
 from pytest import approx
-from test_model import slow_states
 from torch import nn
 
 import classification

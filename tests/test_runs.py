@@ -271,6 +271,11 @@ WRONG_OPTIONS = {
     "classification.py --rows 541": "rows is 541", "classification.py --lr nan": "lr is nan",
     "classification.py --colour": "--colour", "classification.py --predict a": "classifier.pt is missing",
     "classification.py --task sst2 --fields title+description": "no titles",
+    "classification.py --data missing": "train.csv (or .tsv, .jsonl) is missing",
+    "classification.py --data a --task sst2": "leave out --task", "classification.py --text a": "are for --data",
+    "classification.py --fields pair": "are for --data",
+    "classification.py --task own": "are for --data", "ELMO.py --start missing.pt": "missing.pt is missing",
+    "ELMO.py --tokenized": "AG News is not tokenized",
     "classification.py --bilstm missing.pt": "missing.pt is missing",
     "classification.py --bilstm a.txt": "cannot be opened",
     "classification.py --task sst2": "SST_DIR is not set", "classification.py --task nli": "NLI_DIR is not set"}

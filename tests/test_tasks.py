@@ -241,10 +241,23 @@ def test_a_classifier_refuses_another_bilm(whole, tmp_path):
 @pytest.mark.parametrize("texts, message", [
     (["a", " \n"], "text 1 has no words"),
     ("text", "one string"),
+    ([("a", "b")], "text 0 is a tuple"),
     ([3], "text 0 is of type int")])
-def test_a_text_that_cannot_be_classified_is_named(whole, texts, message):
+def test_a_text_that_has_no_probabilities_is_named(whole, texts, message):
     with pytest.raises(InputError, match=message):
-        classifier(whole).predict(texts)
+        classifier(whole).probabilities(texts)
+
+
+def test_a_text_without_words_gets_no_label_and_the_others_their_usual_one(whole):
+    clf = classifier(whole)
+    first, empty, tokens, last = clf.predict(["the bank .", " \n", ["the", "bank", "."], "the court sued ."])
+    assert empty == {"label": None, "probabilities": {}}
+    assert first == tokens
+    alone, = clf.predict(["the court sued ."])
+    assert last["label"] == alone["label"]
+    assert last["probabilities"] == approx(alone["probabilities"], abs=1e-5)
+    assert clf.predict([""]) == [empty]
+    assert clf.predict([]) == []
 
 
 @pytest.mark.parametrize("name, text, task, message", [
@@ -348,8 +361,11 @@ def test_metrics_of_rows_are_sums_over_their_tokens():
     assert first["forward"]["perplexity"] == approx(4.481689)                   # e to the power of 1.5
     assert first["forward"]["bits_per_token"] == approx(2.164043)               # 1.5 / 0.693147
     assert first["forward"]["accuracy"] == 1
-    totals = scores.totals()
-    assert totals["forward"] == approx({"nll": 7, "tokens": 3, "perplexity": 10.31226})
+    unknown = np.array([1, 0])
+    totals = scores.totals(unknown)
+    assert totals["forward"] == approx({"nats": 7, "tokens": 3, "unknown": 1, "perplexity": 10.31226})
+    one_row = scores.totals(unknown, slice(1, 2))
+    assert one_row["backward"] == approx({"nats": 1, "tokens": 1, "unknown": 0, "perplexity": 2.718282})
 
 
 def test_metrics_of_frequent_words_have_a_row_for_each_gold_word_and_one_for_all_others():
