@@ -173,9 +173,14 @@ def map_on_cores(call: Callable, items: Sequence, device: torch.device, max_work
 
 
 # ----------------------------------------------------------------------------------------------------- processes
+def started_by_torchrun() -> bool:
+    """Whether torchrun started this process. Some builds of torch, for Windows or macOS, cannot join processes."""
+    return dist.is_available() and dist.is_torchelastic_launched()
+
+
 def join_processes() -> tuple[int, int]:
     """(rank, number of processes) under torchrun, whose process group this process joins; (0, 1) without it."""
-    if not dist.is_torchelastic_launched():
+    if not started_by_torchrun():
         return 0, 1
     if not dist.is_initialized():
         if torch.cuda.is_available():
@@ -191,7 +196,7 @@ def join_processes() -> tuple[int, int]:
 
 def refuse_processes(name: str) -> None:
     """Raises InputError if torchrun started several processes for a script that does not share its work."""
-    if dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1:
+    if started_by_torchrun() and int(os.environ["WORLD_SIZE"]) > 1:
         raise InputError(f"{name} does not share its work with other processes; start it without torchrun")
 
 
@@ -200,7 +205,7 @@ def sum_over_processes(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
 
     Dense tensors travel as one. Sparse ones travel through the CPU, since gloo can add them and nccl cannot.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if not started_by_torchrun() or not dist.is_initialized() or dist.get_world_size() == 1:
         return tensors
     dense = [tensor for tensor in tensors if not tensor.is_sparse]
     flat = torch.cat([tensor.flatten() for tensor in dense]) if dense else torch.zeros(0)
@@ -246,8 +251,8 @@ def keep_freed_memory() -> None:
             libc.mallopt(-1, 2**31 - 1)                                     # M_TRIM_THRESHOLD
 
 
-def peak_memory_gb() -> float:
-    """Largest resident memory of this process so far, in GB.
+def peak_memory_gb() -> float | None:
+    """Largest resident memory of this process so far, in GB; None on Windows.
 
     On Linux it is VmHWM, because ru_maxrss begins with the value of the process that started this one.
     """
@@ -255,7 +260,10 @@ def peak_memory_gb() -> float:
         lines = Path("/proc/self/status").read_text().splitlines()
         line = next(line for line in lines if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024 / 1e9
-    import resource  # not on Windows, which has no other way here
+    try:
+        import resource
+    except ImportError:         # Windows does not have it
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
 
