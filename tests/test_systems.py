@@ -31,7 +31,7 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def windows_fsync(monkeypatch) -> list[int]:
-    """os.fsync as on Windows: it refuses files that are open for reading only. Returns the descriptors of the others."""
+    """os.fsync as on Windows: it refuses files that are open for reading only. Returns the other descriptors."""
     synced = []
     real = os.fsync
 
