@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from data.ag_news import CACHE, split
 from data.batches import Sampler, batches, collate, predicted_tokens, reverse_within_lengths
 from data.characters import CharacterCNN
-from data.inputs import Text, check_texts, check_weights, checked_texts, training_texts
+from data.inputs import Text, check_mix, check_texts, each_checked, nonempty_texts
 from data.text import PAD, SPECIAL, Data, Encoded, Vocabulary, tokenize, tokenize_texts, warn_of_unknown
 from data.word2vec import unit_variance, word2vec
 from run import checkpoint, inference, machine, metrics, ngram
@@ -200,7 +200,7 @@ class BiLM(nn.Module):
                    masks=(None, None), run_both: Callable = map) -> Tensor:
         """(3, T - 1, B, 2P) vectors of all layers of some rows, with matrix products in `dtype`.
 
-        masks: for each direction those of `states`; run_both: `map`, or a function like it that runs both side by side.
+        masks: of each direction, as `states` takes them; run_both: `map`, or one like it that runs both side by side.
         """
         device = self.table.device
         learns = torch.is_grad_enabled()
@@ -209,11 +209,11 @@ class BiLM(nn.Module):
         with autocast(device, dtype):
             x = self.represent(ids, encoded.chars)
 
-        def states(d: int) -> list[Tensor]:
-            with autocast(device, dtype), torch.set_grad_enabled(learns):           # both hold for one thread only
+        def run(d: int) -> list[Tensor]:
+            with autocast(device, dtype), torch.set_grad_enabled(learns):           # a new thread has neither
                 return self.states(d, x[d], masks[d])
 
-        forward, backward = run_both(states, range(2))
+        forward, backward = run_both(run, range(2))
         return self.join(forward, backward, upload(lengths, device))
 
 
@@ -324,7 +324,7 @@ class Trainer:
     def new_model(self, counts: np.ndarray) -> BiLM:
         """A model with random weights, a softmax bias of log frequencies, and Word2Vec's vectors if they are wanted.
 
-        With `start`, only the rows of new words are like that; all other weights are those of that biLM.
+        With `start`, all weights are copied from that biLM; only the rows of new words keep the values above.
         """
         model = machine.seeded(self.config.seed, partial(BiLM, self.config, len(self.data.words)))
         model.bias.data[:, 0] = torch.from_numpy(np.log(np.maximum(counts, 0.5) / counts.sum()))
@@ -335,8 +335,8 @@ class Trainer:
                 table.data[list(vectors)] = INITIAL_STD * torch.from_numpy(unit_variance(vectors))
         if self.start is not None:
             trained = self.start.model.state_dict()
-            for name, value in model.state_dict().items():
-                value[:len(trained[name])] = trained[name]
+            for name, value in model.state_dict().items():      # `value` shares its memory with the model
+                value[:len(trained[name])] = trained[name]      # the old words have the first rows
         return model
 
     def start_epoch(self, epoch: int) -> None:
@@ -434,7 +434,7 @@ def train(trainer: Trainer, resume_file: Path | None = None, resume: bool = Fals
         """(validation nll, entry of the history, sentence). Without validation rows, the last epoch is the best."""
         entry = {"train_perplexity": math.exp(train_nll)}
         if len(data.validation) == 0:
-            return -run.step, entry, metrics.perplexity_sentence(entry)
+            return -run.step, entry, metrics.perplexity_sentence(entry)         # lowest at the last epoch
         forward, backward = score_rows(trainer.model, data.encoded, data.validation, trainer.dtype).perplexity()
         entry["validation_perplexity"] = [forward, backward]
         return (math.log(forward) + math.log(backward)) / 2, entry, metrics.perplexity_sentence(entry)
@@ -449,15 +449,15 @@ def train(trainer: Trainer, resume_file: Path | None = None, resume: bool = Fals
     return run
 
 
-def adapt(start: "ELMo", texts: Sequence[Text], config: Config, cache: Path | None = None, *state) -> Run:
-    """Trains a biLM further on texts, a tenth of them for validation; new words are added (the paper's section 3.4).
+def adapt(start: "ELMo", texts: Sequence[Text], config: Config, cache: Path | None = None, *resuming) -> Run:
+    """Trains a biLM further on texts, a tenth of them for validation (the paper's section 3.4).
 
-    state: the resume file, and whether to resume, as in `train`.
+    Words that the other texts have `config.min_count` times are added. cache: of the tokens; resuming: as in `train`.
     """
     tokens = tokenize_texts(texts, cache)
     train_rows, validation_rows = split(len(tokens), len(tokens) // 10, config.seed)
     data = Data.of_tokens(tokens, config, train_rows, validation_rows, start.words)
-    return train(Trainer(config, data, start.device, start), *state)
+    return train(Trainer(config, data, start.device, start), *resuming)
 
 
 # ------------------------------------------------------------------------------------------------------- ELMo
@@ -507,20 +507,20 @@ class ELMo:
     def train(cls, texts: Sequence[Text], config: Config | None = None, device: str | None = None) -> "ELMo":
         """Trains a biLM on any texts, as the script does. A tenth, at most `validation`, picks the epoch."""
         device = machine.find_device(device)
-        texts = training_texts(texts)
+        texts = nonempty_texts(texts)
         config = config or Config()
         config = replace(config, rows=len(texts), validation=min(config.validation, len(texts) // 10))
         train_rows, validation_rows = split(len(texts), config.validation, config.seed)
         return cls.from_run(train(Trainer(config, Data.of(texts, config, train_rows, validation_rows), device)))
 
     def adapt(self, texts: Sequence[Text], epochs: float = 2.0, lr: float = 2e-3) -> "ELMo":
-        """A new ELMo, trained further on these texts; words that occur twice are added. lr: peak, of all weights."""
+        """A new ELMo, trained further on these texts. Words that occur twice are added. lr: peak learning rate."""
         config = replace(self.config, epochs=epochs, lr=lr, table_lr=lr, min_count=2)
-        return ELMo.from_run(adapt(self, training_texts(texts), config))
+        return ELMo.from_run(adapt(self, nonempty_texts(texts), config))
 
     @classmethod
     def from_run(cls, run: Run) -> "ELMo":
-        """The best weights of a run, rounded to half precision as in the file, so that these are what is measured."""
+        """An ELMo with a run's best weights, rounded to half precision as in the file, so that these are measured."""
         if not run.finished:
             raise KeyboardInterrupt             # in a notebook, Ctrl-C stopped it
         trainer = run.trainer
@@ -539,7 +539,7 @@ class ELMo:
         return {name.replace("_lstms.", "."): value.cpu().half() for name, value in self.model.state_dict().items()}
 
     def tokenize(self, text: Text) -> list[str]:
-        """["oil", "prices", "fall", "."] for "Oil prices fall."; of given tokens as many as there are."""
+        """["oil", "prices", "fall", "."] for "Oil prices fall."; a list of tokens keeps its length."""
         return tokenize(text)
 
     def encode(self, texts: Sequence[Text]) -> Encoded:
@@ -559,7 +559,7 @@ class ELMo:
 
         precision: "fp32", or "bf16", which is used only if it is faster on this machine, otherwise fp32.
         """
-        texts = checked_texts(texts)
+        texts = each_checked(texts)
         if precision not in ("fp32", "bf16"):
             raise InputError(f"precision is {precision!r}; expected fp32 or bf16")
         inference.check_layers(layers, LAYERS)
@@ -574,7 +574,7 @@ class ELMo:
             parts = batches(encoded.lengths, 1500 if self.device.type == "cpu" else 6000)
             found = machine.map_on_cores(partial(embed, encoded), parts, self.device)
             vectors = list(chain.from_iterable(found))
-            for place in np.argsort(np.concatenate(parts)):         # where the vectors of row 0, 1, .. stand
+            for place in np.argsort(np.concatenate(parts)):         # of row 0, 1, ..: they are in the order of parts
                 yield vectors[place]
 
     @torch.no_grad()
@@ -585,7 +585,7 @@ class ELMo:
         return [h[..., b, :n, :].clone() for b, n in enumerate(encoded.lengths[rows])]
 
     def sentences(self, texts: Sequence[Text], precision: str = "fp32") -> Tensor:
-        """(N, D) float32 CPU tensor: the mean over tokens of the average layer; zeros if there is none."""
+        """(N, D) float32 CPU tensor: the mean over tokens of the average layer; zeros if a text has none."""
         out = torch.zeros(len(texts), 2 * self.config.width)
         for i, vectors in enumerate(self.embed_stream(texts, precision, layers="average")):
             out[i] = vectors.sum(dim=0) / max(1, len(vectors))
@@ -627,7 +627,7 @@ class ELMoLayer(ScalarMix):
         self.finetune = finetune
         bilm = copy.deepcopy(elmo.model)
         if finetune:
-            self.bilm = bilm.set_trainable().train()
+            self.bilm = bilm.set_trainable().train()                        # a GPU's LSTM learns in this mode only
             bilm.sparse = False
             bilm.bias.requires_grad_(False)                                 # it is for the softmax, which is not used
             bilm.table.requires_grad_(bilm.config.tied)
@@ -636,23 +636,23 @@ class ELMoLayer(ScalarMix):
         if mix == "frozen":
             nn.init.normal_(self.w)
         elif mix != "trainable":
-            weights = torch.tensor(check_weights(mix, LAYERS + 1))
+            weights = torch.tensor(check_mix(mix, LAYERS + 1))
             self.gamma.data = weights.sum()
             self.w.data = (weights / self.gamma.data).log()                 # so that gamma softmax(w) is `weights`
         for parameter in (self.w, self.gamma):
             parameter.requires_grad_(mix == "trainable")
 
     def _apply(self, move: Callable, recurse: bool = True) -> "ELMoLayer":
-        """What .to(device) calls: also for a biLM that is no part of this module."""
+        """What .to(device) calls; here it also moves a biLM that is no part of this module."""
         if not self.finetune:
             self.bilm._apply(move, recurse)
         return super()._apply(move, recurse)
 
     def forward(self, texts: Sequence[Text]) -> tuple[Tensor, Tensor]:
         """(B, T, D) vectors, zeros at padding, and (B, T) bool mask, True for tokens."""
-        texts = training_texts(texts)
+        texts = nonempty_texts(texts)
         encoded = Encoded.of(tokenize_texts(texts), self.words, self.bilm.config.representation)
-        layers = self.bilm.contextual(encoded, np.arange(len(texts)))                       # (3, T, B, D)
+        layers = self.bilm.contextual(encoded, np.arange(len(texts)))       # (3, T, B, D), T: without boundaries
         lengths = torch.from_numpy(encoded.lengths)[:, None]                                # (B, 1)
         mask = upload(torch.arange(layers.shape[1]) < lengths, layers.device)               # (B, T)
         vectors = super().forward(layers).transpose(0, 1)                                   # (B, T, D)
@@ -680,8 +680,8 @@ def measure(elmo: ELMo, data: Data) -> tuple[dict, dict]:
 def publish(run: Run, out: Path, seconds: float) -> None:
     """Measures a finished run and writes OUT/bilstm.pt, the figures and OUT/pretraining.json.
 
-    Besides `machine.provenance`, pretraining.json has: tokens_per_second (training, both directions), vocabulary,
-    parameters, file_mb, digest (of bilstm.pt), data (digest of the tokens), start (digest of the biLM of --start),
+    Besides `machine.provenance`, pretraining.json has: config, precision, tokens_per_second (both directions),
+    vocabulary, parameters, file_mb, digest (of bilstm.pt), data (digest of the tokens), start (digest of --start),
     unknown (share of <unk>), history of the epochs, splits.{train (a sample), validation, test}: rows, tokens,
     unigram_perplexity, and for each direction the metrics of `run.metrics.Scores` and kneser_ney_perplexity; `fresh`
     has the same without near copies of training rows; confusion {words, counts}: of the forward model on test rows,

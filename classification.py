@@ -14,7 +14,7 @@ N classified rows (B, or B / 2 if a row is a pair of texts).
     python classification.py                    AG News in three settings: models/classifier.pt, classification.json
     python classification.py --finetune         setting trainable; each head trains a copy of the biLM: finetuned.pt
     python classification.py --task sst5        or sst2, nli; --adapt 2 first trains the biLM on the task's texts
-    python classification.py --data FOLDER --out DIR    your own train.csv and test.csv, with labels of any names
+    python classification.py --data FOLDER --out DIR    your own train.csv and test.csv, with any labels
     python classification.py --predict "text"   label and probabilities; --predict - reads lines from standard input
 """
 import copy
@@ -67,7 +67,7 @@ class Config:
     """Every option of classification. The published table is the defaults with --seeds 3."""
     task: str = option("ag_news", "what to classify; own: --data", choices=("ag_news", "sst2", "sst5", "nli", "own"))
     setting: str = option("all", "how the layers are mixed", choices=("all", *SETTINGS))
-    fields: str = option("description", "columns of AG News to read; --data: several columns are joined, or a pair",
+    fields: str = option("description", "columns of AG News to read; --data: columns are joined, or a pair",
                          choices=("description", "title+description", "joined", "pair"))
     seeds: int = option(1, "heads per setting, with the seeds `seed`, `seed` + 1, ..", min=1, max=100)
     finetune: bool = option(False, "each head trains a copy of the biLM too; `all` then means `trainable`")
@@ -78,8 +78,8 @@ class Config:
     dropout: float = option(0.2, "dropout probability of the mix and of the pooled text", max=0.95)
     smoothing: float = option(0.05, "label smoothing: share of the target spread over all classes", max=0.99)
     rows: int = option(0, "labelled training rows, drawn by the seed; 0: all")
-    validation: int = option(2000, "training rows set aside for validation; of --data at most a tenth, unless given; "
-                             "ag_news: as the biLM's run", min=1)
+    validation: int = option(2000, "training rows set aside for validation; --data: unless given, at most a tenth of "
+                             "the rows; ag_news: those of the biLM", min=1)
     epochs: float = option(2.0, "passes over the training rows", max=100_000)
     batch_tokens: int = option(3000, "positions (B x T) of a batch; fewer if own rows are few", min=1)
     lr: float = option(4e-3, "peak learning rate of the head", max=10)
@@ -357,7 +357,7 @@ class Trainer:
         """New batches of rows of about equal length, the same ones for all learners."""
         generator = np.random.default_rng([self.config.seed, epoch])
         lengths = self.parts["train"].lengths
-        positions = self.config.batch_tokens // (1 + self.config.pair)
+        positions = self.config.batch_tokens // (1 + self.config.pair)      # of a pair's texts, each has half of them
         if self.config.task == "own":
             positions = min(positions, int((lengths + 1).sum()) // OWN_BATCHES)
         self.epoch = epoch
@@ -464,12 +464,12 @@ class Classifier:
         self.labels = list(labels)
         self.head = head.eval().requires_grad_(False)
         self.elmo = elmo
-        self.about = about or {}                # seed, and accuracy on the validation rows
+        self.about = about or {}                # setting, seed, and accuracy on the validation rows
 
     @classmethod
     def train(cls, texts: Sequence[Text | tuple[Text, Text]], labels: Sequence[str | int], elmo: ELMo,
               config: Config | None = None) -> "Classifier":
-        """Trains a classifier of your own texts, or pairs of texts; setting `trainable`, unless config names another.
+        """Trains a classifier on your own texts, or pairs of texts; setting `trainable`, unless config names another.
 
         labels: one per text, strings or integers. A tenth of the rows, at most `validation`, chooses the best weights.
         InputError names a text or a label that is wrong.
@@ -480,7 +480,7 @@ class Classifier:
         config = replace(config, task="own", fields="pair" if pair else "description",
                          setting="trainable" if config.setting == "all" else config.setting)
         rows = check_rows(rows, config)
-        check_words(EncodedTexts(Part.without_labels(rows), elmo))
+        check_words(EncodedTexts(Part.without_labels(rows), elmo))          # before a training that may be long
         validation = min(config.validation, max(1, len(rows) // 10))
         task = labelled_task(rows, labels, validation, config.seed)
         if config.adapt:
@@ -488,27 +488,27 @@ class Classifier:
         parts = {part: EncodedTexts(getattr(task, part), elmo) for part in ("train", "validation")}
         trainer = Trainer(config, ELMoVectors(elmo.model), parts, len(task.labels))
         run = train(trainer)
-        load_best(run)
+        restore_best(run)
         p = trainer.probabilities(parts["validation"])
         _, numbers = metrics.validation_numbers(p, parts["validation"].labels, [config.setting])
         return cls.of_setting(trainer, config.setting, numbers[config.setting]["accuracy"], task.labels, elmo)
 
     @classmethod
-    def of_setting(cls, trainer: Trainer, setting: str, validation: list[float], labels: Sequence[str | int],
+    def of_setting(cls, trainer: Trainer, setting: str, accuracies: list[float], labels: Sequence[str | int],
                    elmo: ELMo) -> "Classifier":
-        """The classifier of the seed with the best accuracy; validation: the accuracy of each seed on these rows."""
-        best = int(np.argmax(validation))
+        """The classifier of the seed with the best accuracy; accuracies: of each seed, on the validation rows."""
+        best = int(np.argmax(accuracies))
         seed = trainer.seeds[best]
         modules = trainer.model[f"{setting}-{seed}"]
         if trainer.config.finetune:
-            elmo = ELMo(elmo.config, elmo.words, modules["bilm"])
-        about = {"setting": setting, "seed": seed, "validation": validation[best]}
+            elmo = ELMo(elmo.config, elmo.words, modules["bilm"])           # in no file yet: it has no digest
+        about = {"setting": setting, "seed": seed, "validation": accuracies[best]}
         return cls(trainer.config, labels, modules["head"], elmo, about)
 
     @classmethod
     def load(cls, path: str | Path, bilstm: str | Path | None = None, setting: str | None = None,
              device: str | None = None) -> "Classifier":
-        """The classifier of a file made by classification.py; InputError if it is damaged or of another biLM.
+        """The classifier of a file made by classification.py; InputError if it is damaged or for another biLM.
 
         bilstm: the biLM that it was trained on, unless the file holds its own. setting: "trainable", "frozen" or
         "function"; by default the one with the best accuracy on the validation rows. device: as for ELMo.load.
@@ -567,9 +567,9 @@ class Classifier:
 
 
 def save(path: str | Path, classifiers: Sequence[Classifier], scores: dict | None = None) -> None:
-    """Writes the classifiers of one run, each of another setting, and their biLM, if it is in no other file.
+    """Writes the classifiers of one run, one per setting. Their biLM is written too if it has no file of its own.
 
-    So is a biLM that was adapted, fine-tuned or never saved. scores: accuracies, for whoever opens the file.
+    That is so if it was adapted, fine-tuned or never saved. scores: accuracies, for whoever opens the file.
     """
     heads = {}
     weights = {}
@@ -633,19 +633,19 @@ def measure(run: Run, task: Task) -> dict:
 
 
 def save_run(path: Path, result: dict, trainer: Trainer, elmo: ELMo) -> None:
-    """The .pt file of a run: for each setting the seed that is best on the validation rows."""
+    """Writes the .pt file of a run: for each setting the seed that is best on the validation rows."""
     classifiers = []
     scores = {}
     for setting, numbers in result["settings"].items():
-        validation = [seed["accuracy"] for seed in numbers["validation"]["seeds"]]
-        classifiers.append(Classifier.of_setting(trainer, setting, validation, result["labels"], elmo))
+        accuracies = [of_seed["accuracy"] for of_seed in numbers["validation"]["seeds"]]
+        classifiers.append(Classifier.of_setting(trainer, setting, accuracies, result["labels"], elmo))
         scores[setting] = {part: numbers[part]["accuracy"]["mean"] for part in ("train", "validation", "test")}
     save(path, classifiers, scores)
 
 
 # ------------------------------------------------------------------------------------------------------- main
 def own_data(config: Config, options: Namespace) -> tuple[Config, Task | None]:
-    """(config, task) for the rows in --data, with task, fields and validation in the config; else (config, None)."""
+    """Reads --data: (config with task, fields and validation set to fit, task). Without --data: (config, None)."""
     if options.data is None:
         if config.task == "own" or config.fields in ("joined", "pair") or options.text or options.label:
             raise InputError("--task own, --fields joined or pair, --text and --label are for --data; name its folder")
@@ -670,8 +670,8 @@ def adapt(elmo: ELMo, task: Task, config: Config, file: Path | None = None, resu
     return ELMO.adapt(elmo, task.corpus, options, CACHE, file, resume)
 
 
-def load_best(run: Run) -> None:
-    """Sets the heads to the best weights of a run, rounded to half precision as in the file."""
+def restore_best(run: Run) -> None:
+    """Sets the heads, and biLMs that learned, to a run's best weights, rounded to half precision as in the file."""
     if not run.finished:
         raise KeyboardInterrupt                 # in a notebook, Ctrl-C stopped it
     run.trainer.model.load_state_dict({key: value.half().float() for key, value in run.best.items()})
@@ -709,7 +709,7 @@ def classify(config: Config, options: Namespace, make_vectors: Callable | None =
         run = train(trainer, publication.state_file(trainer.identity()), options.resume)
         if not run.finished:
             return 130
-        load_best(run)
+        restore_best(run)
         result = measure(run, task)
         if stem is None:
             save_run(out / f"{name}.pt", result, trainer, elmo)

@@ -1,4 +1,4 @@
-"""Checks of what a user gives. A text is a string, or a list of its tokens; a tuple is a pair of texts.
+"""Checks of what a user gives. A text is a string, or a list of its tokens; a tuple holds several texts.
 
     check_texts(["Oil prices fall.", ["Oil", "prices", "fall", "."]])
 """
@@ -15,7 +15,7 @@ def check_text(text: Text, name: str) -> Text:
     if isinstance(text, str):
         return text
     if isinstance(text, tuple):
-        raise InputError(f"{name} is a tuple, that is a pair of texts; expected one text: a string or a list of tokens")
+        raise InputError(f"{name} is a tuple of texts; expected one text: a string or a list of tokens")
     if not isinstance(text, list):
         raise InputError(f"{name} is of type {type(text).__name__}; expected a string or a list of tokens")
     for k, token in enumerate(text):
@@ -26,7 +26,7 @@ def check_text(text: Text, name: str) -> Text:
     return text
 
 
-def checked_texts(texts: Iterable[Text]) -> Iterator[Text]:
+def each_checked(texts: Iterable[Text]) -> Iterator[Text]:
     """The texts one by one. Raises InputError at once for a single string, later for an item that is no text."""
     if isinstance(texts, str):
         raise InputError("texts is one string; expected a list of texts, such as [text]")
@@ -35,24 +35,24 @@ def checked_texts(texts: Iterable[Text]) -> Iterator[Text]:
 
 def check_texts(texts: Iterable[Text]) -> list[Text]:
     """The texts as a list. Raises InputError for a single string, and for an item that is no text."""
-    return list(checked_texts(texts))
+    return list(each_checked(texts))
 
 
-def training_texts(texts: Iterable[Text]) -> list[Text]:
+def nonempty_texts(texts: Iterable[Text]) -> list[Text]:
     """The texts as a list. Raises InputError as check_texts does, and if there is no text."""
     found = check_texts(texts)
     if not found:
-        raise InputError("there is no text to train on; expected a list of texts")
+        raise InputError("there are no texts; expected a list of at least one")
     return found
 
 
-def check_weights(weights: Sequence[float], count: int) -> list[float]:
-    """The weights of a mix of layers. Raises InputError if they are not `count` numbers of at least 0, one above 0."""
+def check_mix(weights: Sequence[float], count: int) -> list[float]:
+    """The weights of a mix of layers. Raises InputError if they are not `count` numbers >= 0 with a sum above 0."""
     try:
         numbers = [float(weight) for weight in weights]
     except (TypeError, ValueError):
         numbers = []
-    if len(numbers) != count or not min(numbers) >= 0 or not 0 < sum(numbers) < math.inf:
-        raise InputError(f"mix is {weights!r}; expected trainable, frozen, or {count} numbers of at least 0")
+    if len(numbers) != count or min(numbers) < 0 or not 0 < sum(numbers) < math.inf:       # NaN: the sum is NaN
+        raise InputError(f"mix is {weights!r}; expected trainable, frozen, or {count} numbers >= 0 with a sum above 0")
     return numbers
 

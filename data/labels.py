@@ -1,8 +1,8 @@
-"""Texts with labels of any kind: strings or integers.
+"""Texts with labels: strings or integers, of any names.
 
     task = labelled_task([("Oil prices fall.",), ("Goal!",), ..], ["economy", "sport", ..], validation=None, seed=0)
-    task.labels             # ["economy", "sport", ..]
-    task.train.labels       # array([0, 1, ..])
+    task.labels             # ["economy", "sport", ..]: the names of the classes
+    task.train.labels       # array([0, 1, ..]): the class of each row, as its number
 """
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ def labelled_task(texts: Sequence[tuple], labels: Sequence[str | int], validatio
                   places: Sequence[str] | None = None) -> Task:
     """A task "own" without test rows, from the texts of each row, as in `Part`, and its label.
 
-    The seed draws `validation` rows; if it is None, a tenth of the rows, at most 2,000. A class of which all rows are
-    drawn keeps one in training. places: what an error calls each label; by default "label 0", "label 1", ..
+    The seed draws `validation` rows; if `validation` is None, a tenth of the rows, at most 2,000. A class of which all
+    rows are drawn keeps one in training. places: what an error calls each label; by default "label 0", "label 1", ..
     """
     if len(texts) != len(labels):
         raise InputError(f"there are {len(texts)} texts and {len(labels)} labels; expected one label for each text")

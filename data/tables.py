@@ -63,7 +63,7 @@ def checked_text(value: object, place: str, tokenized: bool) -> Text:
 
 
 def joined(texts: Sequence[Text], place: str) -> Text:
-    """One text from several columns. Raises InputError if only some of them are lists of tokens."""
+    """One text of several columns. Raises InputError if only some of them are lists of tokens."""
     try:
         return with_title(*texts)
     except InputError as error:
@@ -124,7 +124,7 @@ def choose_columns(table: Table, text_columns: Sequence[str], label_column: str 
     for kind, usual in USUAL_NAMES.items():
         found[kind] = given[kind] or [name for name in free if plain(name) in usual]
     rest = [name for name in free if name not in found["text"] + found["label"]]
-    if len(rest) == 1 and (found["text"] or found["label"]):
+    if len(rest) == 1 and (found["text"] or found["label"]):            # one kind is clear: the other is what is left
         found = {kind: names or rest for kind, names in found.items()}
     for kind, names in found.items():
         if len(names) != 1 and not given[kind]:

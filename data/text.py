@@ -42,7 +42,7 @@ TOKENS = RegexpTokenizer(
 
 # ----------------------------------------------------------------------------------------------------- tokens
 def normalize(text: str) -> str:
-    """The text with entities as characters, in Unicode's form NFC, with ' for a ’ between letters."""
+    """The text with entities as characters, in Unicode's form NFC, and ' for a ’ between letters or at the start."""
     text = re.sub(r"&#(?=\d{8})", "& #", text)      # no such character exists, and int() refuses long numbers
     text = ENTITY.sub(r"&\1;", text)
     text = html.unescape(html.unescape(text))
@@ -70,7 +70,7 @@ def tokenize_spaced(text: str) -> list[str]:
 
 
 def tokenize_texts(texts: Iterable[Text], cache: Path | None = None, tokenized: bool = False) -> Tokens:
-    """The tokens of many texts, from the folder `cache` if the same texts were tokenized before.
+    """The tokens of many texts, from the folder `cache` if the same texts were tokenized by the same code before.
 
     tokenized: the texts have spaces between their tokens, and are split there only.
     """
@@ -167,7 +167,7 @@ class Data:
     """A tokenized corpus, its vocabulary made from the training rows, and the row numbers of training and validation.
 
     test: a corpus in the same ids, and the numbers of its test rows; texts: the descriptions of train.csv and test.csv,
-    by which near copies are found. Both are None in ELMo.train.
+    by which near copies are found. Without test rows, as in ELMo.train, test is None; without train.csv, texts is.
     """
     words: Vocabulary
     encoded: Encoded
@@ -234,12 +234,12 @@ class Data:
             raise InputError(f"{path} has {len(lines):,} lines, but validation and test need {size:,} each; choose a "
                              "smaller --validation or name more text")
         train_lines, others = split(len(lines), 2 * size, config.seed)
-        first_half, second_half = split(2 * size, size, config.seed)
+        for_validation, for_test = split(2 * size, size, config.seed)
         tokens, line_of_row = lines.cut(LONGEST)
         train = np.flatnonzero(np.isin(line_of_row, train_lines))
-        validation = np.flatnonzero(np.isin(line_of_row, others[first_half]))
+        validation = np.flatnonzero(np.isin(line_of_row, others[for_validation]))
         data = cls.of_tokens(tokens, config, train, validation, known)
-        data.test = (data.encoded, np.flatnonzero(np.isin(line_of_row, others[second_half])))
+        data.test = (data.encoded, np.flatnonzero(np.isin(line_of_row, others[for_test])))
         return data
 
     @cached_property

@@ -194,7 +194,7 @@ def test_a_layer_of_a_frozen_biLM_has_two_parameters_and_moves_as_any_module(elm
     assert layer.bilm.table.dtype == torch.float64
     assert elmo.model.table.dtype == torch.float32, "the ELMo itself does not move"
     layer.load_state_dict({"w": torch.ones(3), "gamma": torch.tensor(2.0)})
-    with pytest.raises(InputError, match="there is no text"):
+    with pytest.raises(InputError, match="there are no texts"):
         layer([])
 
 
