@@ -743,7 +743,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return classify(config, options, task=task)
     path = options.classifier or options.out / f"{config.stem}.pt"
     load = partial(Classifier.load, path, options.bilstm, config.setting)
-    inference.print_predictions(load, options.predict, config.precision, options.json)
+    inference.print_predictions(load, config.precision, options)
     return 0
 
 

@@ -12,8 +12,7 @@ from data.ag_news import COLUMNS, read_rows
 from data.inputs import Text, check_text
 from data.labels import Rows, labelled_task
 from data.tasks import Task, with_title
-from data.text import split_at_spaces
-from run.files import InputError, read_lines
+from run.files import InputError, read_lines, split_at_spaces
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 USUAL_NAMES = {"text": ("text", "description"), "label": ("label", "class", "class index")}

@@ -25,7 +25,7 @@ from data.ag_news import fresh_rows, read_ag_news, split
 from data.characters import character_codes
 from data.corpus import LONGEST, Lines, Tokens, tokenize_corpus, writable
 from data.inputs import Text
-from run.files import InputError
+from run.files import InputError, split_at_spaces
 
 PAD, UNK, BOS, EOS = range(4)
 SPECIAL = ["<pad>", "<unk>", "<s>", "</s>"]
@@ -57,11 +57,6 @@ def tokenize(text: Text) -> list[str]:
     if isinstance(text, list):
         return [normalize(token).lower() for token in text]
     return TOKENS.tokenize(normalize(text).lower())
-
-
-def split_at_spaces(text: str) -> list[str]:
-    """The tokens of a text that is tokenized already, with spaces between its tokens."""
-    return [token for token in text.split(" ") if token]
 
 
 def tokenize_spaced(text: str) -> list[str]:

@@ -10,8 +10,11 @@
 """
 import argparse
 import math
+import os
 import sys
+import time
 import tomllib
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import field, fields, replace
 from functools import wraps
@@ -20,6 +23,7 @@ from pathlib import Path
 from run.files import InputError, read_text
 from run.tracker import check_tracker
 
+TORCHRUN_WAIT = 5.0         # seconds in which the first process surely prints
 RUN_FLAGS = {
     "--resume": {"action": "store_true", "help": "continue the stopped run in --out"},
     "--overwrite": {"action": "store_true", "help": "replace the files of another run in --out"}}
@@ -117,14 +121,24 @@ def script_arguments(argv: Sequence[str] | None, config_class: type, name: str, 
 
 
 def script(name: str) -> Callable:
-    """Decorates main(argv) -> exit status: a wrong input becomes one sentence and status 2, Ctrl-C status 130."""
+    """Decorates main(argv) -> exit status: a wrong input becomes one sentence and status 2, Ctrl-C status 130.
+
+    While main runs, warnings become a sentence too, and a character that the console cannot show is printed as \\u1234.
+    """
+    def show_warning(message: Warning, *args) -> None:
+        """Takes the place of warnings.showwarning, which also prints a line of the code."""
+        print(f"{name}: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
     def decorate(main: Callable[..., int]) -> Callable[..., int]:
         """`main`, but what it raises becomes an exit status."""
         @wraps(main)
         def run(argv: Sequence[str] | None = None) -> int:
             """Runs main; returns its exit status, or prints the sentence of what it raised and returns 2 or 130."""
+            print_any_character()
             try:
-                return main(argv)
+                with warnings.catch_warnings():
+                    warnings.showwarning = show_warning
+                    return main(argv)
             except InputError as error:
                 message = str(error)
             except OSError as error:        # a full disk, or a folder that may not be read or written
@@ -136,7 +150,17 @@ def script(name: str) -> Callable:
                 message = "there is not enough memory; choose smaller options"
             except KeyboardInterrupt:
                 return 130
-            print(f"{name}: {message}", file=sys.stderr)
+            if os.environ.get("RANK", "0") == "0":
+                print(f"{name}: {message}", file=sys.stderr)
+            else:           # the first process of torchrun prints it; torchrun would kill that one if this one ended
+                time.sleep(TORCHRUN_WAIT)
             return 2
         return run
     return decorate
+
+
+def print_any_character() -> None:
+    """Lets standard output and error print \\u1234 for a character that the console's encoding lacks."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):          # a notebook's stream has UTF-8 and no such method
+            stream.reconfigure(errors="backslashreplace")

@@ -1,6 +1,4 @@
 """Both scripts as a user runs them: whole runs, stops and resumes, several processes, and wrong options."""
-import io
-import json
 import math
 import os
 import subprocess
@@ -81,49 +79,6 @@ def test_held_out_perplexity_on_the_built_in_corpus_is_near_the_sources_and_not_
         error = loss.std() * np.sqrt(len(loss))
         print(f"{name}: {np.exp(loss.sum()):.4f} times the perplexity of the source")
         assert -3 * error < loss.sum() < np.log(1.10)
-
-
-def test_embed_writes_the_vectors_of_every_line(whole, bilm, tmp_path):
-    lines = ["the bank sued the court .", "", "unseen words", "the bank ."]
-    (tmp_path / "texts").write_text("\n".join(lines) + "\n")
-    argv = ["--out", str(whole), "--embed", str(tmp_path / "texts"), "--npz", str(tmp_path / "v.npz")]
-    assert ELMO.main([*argv, "--precision", "fp32"]) == 0
-    found = np.load(tmp_path / "v.npz")
-    assert found["offsets"].tolist() == [0, 6, 6, 8, 11]
-    assert found["vectors"].dtype == np.float16
-    for i, vectors in enumerate(bilm.embed(lines)):
-        begin, end = found["offsets"][i:i + 2]
-        assert np.allclose(found["vectors"][:, begin:end], vectors.numpy(), atol=2e-3)
-    assert files(tmp_path) == ["texts", "v.npz"]
-
-
-def predict(whole: Path, *argv: str) -> list[str]:
-    """The command line of predictions by the head `frozen`."""
-    return arguments("classification.py", whole, whole / "bilstm.pt", "--setting", "frozen", "--predict", *argv)
-
-
-def test_predict_prints_label_and_probabilities_of_a_text_or_of_lines(capsys, monkeypatch, whole):
-    lines = ["the bank .", "the cöurt ."]
-    expected = classifier(whole, "frozen").predict(lines)
-    assert classification.main(predict(whole, lines[0])) == 0
-    label, *shares = capsys.readouterr().out.rstrip("\n").split("\t")
-    assert label == expected[0]["label"]
-    assert shares == [f"{name} {p:.4f}" for name, p in expected[0]["probabilities"].items()]
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\r\n".join(lines).encode())))
-    assert classification.main(predict(whole, "-", "--json")) == 0
-    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [answer["text"] for answer in found] == lines
-    for answer, prediction in zip(found, expected, strict=True):
-        assert answer["label"] == prediction["label"]
-        assert answer["probabilities"] == pytest.approx(prediction["probabilities"], abs=1e-6)
-
-
-@pytest.mark.parametrize("lines, message", [
-    (b"a\n\nb\n", "text 1 has no words"), (b"a\xff\n", "standard input, line 1"), (b"\n", "text 0 has no words")])
-def test_a_line_that_cannot_be_classified_is_named(capsys, monkeypatch, whole, lines, message):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
-    assert message in refused("classification.py", predict(whole, "-"), whole)
-    assert not capsys.readouterr().out
 
 
 def test_a_notebook_opens_the_committed_model_with_torch_alone_and_it_scores_real_rows(ag_news):
