@@ -128,7 +128,7 @@ def stream_lines(path: str | Path) -> Iterator[str]:
 
 
 def split_at_spaces(line: str) -> list[str]:
-    """The tokens of a line with spaces between them: "new  york" -> ["new", "york"]. They may hold other white space."""
+    """The tokens of a line, by spaces only: "new  york" -> ["new", "york"]. Tokens may hold other white space."""
     return [token for token in line.split(" ") if token]
 
 
