@@ -1,4 +1,4 @@
-"""Trained models on the command line: a stream of predictions, and files of vectors."""
+"""A trained model on the command line: predictions of a stream of lines, vectors of a file, what a script prints."""
 import io
 import json
 import os
@@ -6,249 +6,373 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, redirect_stderr
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, arguments, classifier, files, refused
 from nltk import Tree
-from pytest import approx
 
 import classification
 import ELMO
-from run import files as run_files
-from run.inference import BLOCK, blocks
+from run import inference
+from run.files import InputError, folder_lock
+from run.options import script
 
-LINES = ["the bank sued the court .", "", "unseen words", "the bank ."]
+LINES = ["the bank .", "the cöurt .", "the court sued the bank ."]
 
 
+# ------------------------------------------------------------------------------------------------ predictions
 def predict(whole: Path, *argv: str) -> list[str]:
     """The command line of predictions by the head `frozen`."""
     return arguments("classification.py", whole, whole / "bilstm.pt", "--setting", "frozen", "--predict", *argv)
 
 
-def give(monkeypatch, content: bytes) -> None:
-    """Makes `content` the standard input of this process."""
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+@pytest.fixture
+def give_stdin(monkeypatch, tmp_path) -> Iterator[Callable[[bytes], None]]:
+    """A function that makes some bytes the standard input of this test."""
+    with ExitStack() as stack:
+        def give(content: bytes) -> None:
+            """Standard input is a file, as after `< FILE`."""
+            (tmp_path / "stdin").write_bytes(content)
+            monkeypatch.setattr(sys, "stdin", stack.enter_context(open(tmp_path / "stdin")))
+        yield give
 
 
-class Process:
-    """classification.py --predict - in a process of its own, with pipes."""
-
-    def __init__(self, whole: Path, *more: str):
-        argv = [sys.executable, ROOT / "classification.py", *predict(whole, "-", *more)]
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(argv, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        stderr=subprocess.PIPE)
-
-    def write(self, content: str) -> None:
-        self.process.stdin.write(content.encode())
-        self.process.stdin.flush()
-
-    def end(self) -> tuple[int, str, str]:
-        """(exit status, the rest of standard output, standard error) after standard input was closed."""
-        out, error = self.process.communicate(timeout=60)
-        return self.process.returncode, out.decode(), error.decode()
+def process(whole: Path, *argv: str, **streams) -> subprocess.Popen:
+    """A process that classifies its standard input, as a user starts it."""
+    command = [sys.executable, str(ROOT / "classification.py"), *predict(whole, "-", *argv)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **streams)
 
 
-# ------------------------------------------------------------------------------------------------- predictions
-def test_predict_prints_label_and_probabilities_of_a_text_or_of_lines(capsys, monkeypatch, whole):
-    lines = ["the bank .", "the cöurt ."]
-    expected = classifier(whole, "frozen").predict(lines)
-    assert classification.main(predict(whole, lines[0])) == 0
+def test_predict_prints_label_and_probabilities_of_a_text(capsys, whole):
+    expected, = classifier(whole, "frozen").predict(LINES[:1])
+    assert classification.main(predict(whole, LINES[0])) == 0
     label, *shares = capsys.readouterr().out.rstrip("\n").split("\t")
-    assert label == expected[0]["label"]
-    assert shares == [f"{name} {p:.4f}" for name, p in expected[0]["probabilities"].items()]
-    give(monkeypatch, ("\ufeff" + "\r\n".join(lines)).encode())
+    assert label == expected["label"]
+    assert shares == [f"{name} {p:.4f}" for name, p in expected["probabilities"].items()]
+
+
+@pytest.mark.parametrize("text", ["", "  ", "\t"])
+def test_a_text_without_words_is_refused(whole, text):
+    assert "there is nothing to classify" in refused("classification.py", predict(whole, text), whole)
+
+
+def test_every_line_of_standard_input_has_one_line_of_output(capsys, give_stdin, whole):
+    content = "\ufeffthe bank .\r\n\r\nthe cöurt .\n   \nthe court sued the bank ."
+    give_stdin(content.encode())
+    assert classification.main(predict(whole, "-")) == 0
+    plain = capsys.readouterr().out.split("\n")
+    expected = classifier(whole, "frozen").predict(LINES)
+    labels = [prediction["label"] for prediction in expected]
+    assert [line.split("\t")[0] for line in plain] == [labels[0], "", labels[1], "", labels[2], ""]
+
+    give_stdin(content.encode())
     assert classification.main(predict(whole, "-", "--json")) == 0
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [answer["text"] for answer in found] == lines
-    for answer, prediction in zip(found, expected, strict=True):
+    assert found[1] == {"text": "", "label": None, "probabilities": {}}
+    assert found[3] == {"text": "   ", "label": None, "probabilities": {}}
+    for answer, line, prediction in zip(found[::2], LINES, expected, strict=True):
+        assert answer["text"] == line
         assert answer["label"] == prediction["label"]
-        assert answer["probabilities"] == approx(prediction["probabilities"], abs=1e-5)
+        assert answer["probabilities"] == pytest.approx(prediction["probabilities"], abs=1e-6)
 
 
-def test_every_line_is_answered_by_one_and_an_empty_one_by_an_empty_one(capsys, monkeypatch, whole):
-    give(monkeypatch, b"the bank .\n\n \t\nthe court .\n")
-    assert classification.main(predict(whole, "-")) == 0
-    first, *empty, last, end = capsys.readouterr().out.split("\n")
-    assert empty == ["", ""]
-    assert first and last and not end
-    give(monkeypatch, b"\nthe bank .\n")
-    assert classification.main(predict(whole, "-", "--json")) == 0
-    answer, *_ = capsys.readouterr().out.splitlines()
-    assert json.loads(answer) == {"text": "", "label": None, "probabilities": {}}
-
-
-def test_tokens_of_a_line_are_split_at_spaces_only(capsys, monkeypatch, whole):
-    expected, = classifier(whole, "frozen").predict([["the", "bank.court", "sued"]])
-    give(monkeypatch, b"the  bank.court sued\n")
+def test_tokenized_lines_are_split_at_spaces_only(capsys, give_stdin, whole):
+    give_stdin("the  bank-court\u00a0won 1996-08-22 \n".encode())
     assert classification.main(predict(whole, "-", "--json", "--tokenized")) == 0
-    assert json.loads(capsys.readouterr().out)["probabilities"] == approx(expected["probabilities"], abs=1e-5)
+    found = json.loads(capsys.readouterr().out)
+    expected, = classifier(whole, "frozen").predict([["the", "bank-court\u00a0won", "1996-08-22"]])
+    assert found["probabilities"] == pytest.approx(expected["probabilities"], abs=1e-6)
 
 
-def test_the_lines_before_a_wrong_one_are_answered(capsys, monkeypatch, whole):
-    give(monkeypatch, b"the bank .\nthe court .\na\xff\nthe bank .\n")
-    assert classification.main(predict(whole, "-")) == 2
-    printed = capsys.readouterr()
-    assert len(printed.out.splitlines()) == 2
-    assert "standard input, line 3: byte 1 of the line is not UTF-8" in printed.err
-    assert "there is nothing to classify" in refused("classification.py", predict(whole, " "), whole)
+class TwoTexts:
+    """Takes the place of a classifier of pairs: its label shows what it was given."""
+    config = Namespace(two_texts=True, pair=True)
+
+    def predict(self, texts, precision):
+        return [{"label": repr(text), "probabilities": {}} for text in texts]
 
 
-def test_a_block_ends_at_64_lines_unless_more_are_waiting_and_after_a_silence():
-    def slow():
-        """A line, a silence, then more lines than a block, one after the other."""
-        yield "first"
-        time.sleep(0.5)
-        for i in range(BLOCK + 1):
-            yield str(i)
+@pytest.mark.parametrize("tokenized, expected", [
+    (False, "('a b', ' c')\n\n('d', '')\n"), (True, "(['a', 'b'], ['c'])\n\n(['d'], [])\n")])
+def test_a_line_of_two_texts_has_a_tab_between_them(capsys, give_stdin, tokenized, expected):
+    options = Namespace(predict="-", tokenized=tokenized, json=False)
+    give_stdin(b"a b\t c\n\nd\t\nno tab\n")
+    with pytest.raises(InputError, match="standard input, line 4: 'no tab' is not two texts with a tab between them"):
+        inference.print_predictions(TwoTexts, "fp32", options)
+    assert capsys.readouterr().out == expected
+
+
+def test_a_line_that_is_not_utf_8_is_named_after_the_lines_before_it_are_answered(capsys, give_stdin, whole):
+    give_stdin(b"the bank .\n\na\xff\nb\n")
+    assert "standard input, line 3: byte 1" in refused("classification.py", predict(whole, "-"), whole)
+    answer, empty = capsys.readouterr().out.splitlines()
+    assert answer.split("\t")[0] == classifier(whole, "frozen").predict(LINES[:1])[0]["label"]
+    assert empty == ""
+
+
+def test_a_line_is_answered_while_the_input_stays_open_and_ctrl_c_keeps_the_answer(whole):
+    with process(whole) as running:
+        running.stdin.write(b"the bank .\n")
+        running.stdin.flush()
+        answer = running.stdout.readline()              # comes although the input has not ended
+        running.send_signal(signal.SIGINT)
+        assert running.wait(timeout=60) == 130
+        assert running.stderr.read() == b""
+    assert answer.count(b"\t") == 4
+
+
+def test_a_closed_output_ends_the_predictions_quietly(whole):
+    with process(whole) as running:
+        running.stdin.write(b"the bank .\n")
+        running.stdin.flush()
+        assert running.stdout.readline()
+        running.stdout.close()                          # as `| head -1` does
+        running.stdin.write(b"the bank .\n" * 3)
+        running.stdin.flush()
+        assert running.wait(timeout=60) == 0            # although the input is still open
+        assert running.stderr.read() == b""
+
+
+def test_blocks_hold_all_lines_in_order_and_end_at_a_pause_or_if_they_are_long(monkeypatch):
+    def lines():
+        """Three lines, a pause, and three more."""
+        yield from "abc"
+        time.sleep(0.6)
+        yield from ["d" * 60, "e" * 60, "f"]
+
+    monkeypatch.setattr(inference, "LETTERS", 100)
+    assert list(inference.blocks(lines())) == [["a", "b", "c"], ["d" * 60, "e" * 60], ["f"]]
+
+
+def test_an_error_of_the_lines_is_raised_after_the_lines_before_it():
+    def lines():
+        """Two lines; the third one is wrong."""
+        yield from "ab"
+        raise InputError("line 3")
+
+    found = inference.blocks(lines())
+    assert next(found) == ["a", "b"]
+    with pytest.raises(InputError, match="line 3"):
+        next(found)
+
+
+def test_an_endless_input_is_not_read_far_ahead(monkeypatch):
+    monkeypatch.setattr(inference, "LETTERS", 2000)
+    monkeypatch.setattr(inference, "READ_AHEAD", 10)
+    numbers = count()
+    blocks = inference.blocks(str(number % 10) for number in numbers)
+    taken = 0
+    for _ in range(3):
+        block = next(blocks)
+        assert inference.BLOCK <= len(block) <= 1000    # each line is one character and a line end
+        taken += len(block)
+    time.sleep(0.2)
+    assert next(numbers) <= taken + 10 + 1
+
+
+def test_a_block_ends_at_64_lines_although_others_follow():
+    def lines():
+        """Lines with short pauses between them."""
+        for number in range(70):
+            yield str(number)
             time.sleep(0.002)
-        raise ValueError("end")
-    found = []
-    with pytest.raises(ValueError, match="end"):
-        for block in blocks(slow()):
-            found.append(block)
-    assert [len(block) for block in found] == [1, BLOCK, 1]
-    assert [*found[0], *found[1], *found[2]] == ["first", *[str(i) for i in range(BLOCK + 1)]]
+
+    assert [len(block) for block in inference.blocks(lines())] == [64, 6]
 
 
-def test_lines_are_answered_while_the_pipe_stays_open_and_ctrl_c_keeps_the_answers(whole):
-    stream = Process(whole)
-    stream.write("the bank .\n\n")
-    label = stream.process.stdout.readline()            # would wait for ever if the answer came at the end only
-    assert label.strip()
-    assert stream.process.stdout.readline() == b"\n"
-    stream.write("the court .\n")
-    assert stream.process.stdout.readline().strip()
-    stream.process.send_signal(signal.SIGINT)
-    status, rest, error = stream.end()
-    assert (status, rest, error) == (130, "", "")
+# ---------------------------------------------------------------------------------------------------- vectors
+TEXT = "the bank sued the court .\n\nunseen words\nthe bank ."
+OFFSETS = [0, 6, 6, 8, 11]
 
 
-def test_a_closed_output_pipe_ends_quietly(whole):
-    stream = Process(whole)
-    stream.write("the bank .\n")
-    assert stream.process.stdout.readline()
-    stream.process.stdout.close()
-    stream.write("the bank .\n" * 2000)
-    stream.process.stdin.close()
-    assert stream.process.wait(60) == 0
-    assert stream.process.stderr.read() == b""
+def embed(whole: Path, source: Path, target: Path, *more: str) -> list[str]:
+    """The command line that writes the vectors of a file."""
+    return ["--out", str(whole), "--embed", str(source), "--out-file", str(target), "--precision", "fp32", *more]
 
 
-def test_a_character_that_the_console_cannot_show_is_no_error(whole):
-    argv = [sys.executable, ROOT / "classification.py", *predict(whole, "the bank .", "--classifier", "東京.pt")]
-    done = subprocess.run(argv, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.startswith("classification.py: \\u6771\\u4eac.pt is missing")
+@pytest.fixture
+def text(tmp_path) -> Path:
+    """A file of four lines, in a folder of its own."""
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text(TEXT)
+    return tmp_path / "text" / "a.txt"
 
 
-# ----------------------------------------------------------------------------------------------------- vectors
-def embed(whole: Path, folder: Path, name: str, *more: str) -> int:
-    """Writes the vectors of LINES to a file of this name."""
-    (folder / "texts").write_text("\n".join(LINES) + "\n")
-    argv = ["--out", str(whole), "--embed", str(folder / "texts"), "--out-file", str(folder / name), *more]
-    return ELMO.main([*argv, "--precision", "fp32"])
+def test_an_npz_file_has_the_vectors_of_every_line(whole, bilm, text, tmp_path):
+    (tmp_path / "v.npz").write_text("an older file")
+    assert ELMO.main(embed(whole, text, tmp_path / "v.npz")) == 0
+    with np.load(tmp_path / "v.npz") as found:
+        assert found["offsets"].tolist() == OFFSETS
+        assert found["vectors"].dtype == np.float16
+        expected = torch.cat(bilm.embed(TEXT.split("\n")), dim=1)
+        assert np.allclose(found["vectors"], expected.numpy(), atol=2e-3)
+    assert files(tmp_path) == ["text/a.txt", "v.npz"]
 
 
 @pytest.mark.parametrize("layers", ["all", "average", "top", "0", "1", "2"])
-def test_a_npy_file_is_a_memory_map_of_the_chosen_layers_with_offsets_beside_it(whole, bilm, tmp_path, layers):
-    assert embed(whole, tmp_path, "v.npy", "--layers", layers) == 0
-    offsets = np.load(tmp_path / "v.offsets.npy")
-    vectors = np.load(tmp_path / "v.npy", mmap_mode="r")
-    assert offsets.tolist() == [0, 6, 6, 8, 11]
-    assert isinstance(vectors, np.memmap)
-    assert vectors.dtype == np.float16
-    assert vectors.shape == ((3, 11, 24) if layers == "all" else (11, 24))
-    chosen = int(layers) if layers.isdigit() else layers
-    for begin, end, expected in zip(offsets[:-1], offsets[1:], bilm.embed(LINES, layers=chosen), strict=True):
-        assert np.allclose(vectors[..., begin:end, :], expected.numpy(), atol=2e-3)
-    assert files(tmp_path) == ["texts", "v.npy", "v.offsets.npy"]
+def test_an_npy_file_is_a_memory_map_with_the_offsets_beside_it(whole, bilm, text, tmp_path, layers):
+    assert ELMO.main(embed(whole, text, tmp_path / "a.v.npy", "--layers", layers, "--float32")) == 0
+    assert np.load(tmp_path / "a.v.offsets.npy").tolist() == OFFSETS
+    found = np.load(tmp_path / "a.v.npy", mmap_mode="r")
+    assert isinstance(found, np.memmap)
+    assert found.dtype == np.float32
+    h = torch.cat(bilm.embed(TEXT.split("\n")), dim=1)                      # (3, 11, D)
+    expected = {"all": h, "average": (h[0] + h[1] + h[2]) / 3, "top": h[2], "0": h[0], "1": h[1], "2": h[2]}
+    assert np.allclose(found, expected[layers].numpy(), atol=1e-5)
+    assert found.shape == expected[layers].shape
+    assert files(tmp_path) == ["a.v.npy", "a.v.offsets.npy", "text/a.txt"]
 
 
-@pytest.mark.parametrize("flag", ["--out-file", "--npz"])
-def test_a_npz_file_has_offsets_and_vectors(whole, bilm, tmp_path, flag):
-    (tmp_path / "texts").write_text("\n".join(LINES) + "\n")
-    argv = ["--out", str(whole), "--embed", str(tmp_path / "texts"), flag, str(tmp_path / "v.npz"), "--float32"]
+@pytest.mark.parametrize("content, offsets", [("", [0]), ("\n\n", [0, 0, 0])])
+def test_a_file_without_words_gives_an_empty_array(whole, text, tmp_path, content, offsets):
+    text.write_text(content)
+    for layers, shape in {"all": (3, 0, 24), "average": (0, 24)}.items():
+        for name in ("v.npy", "v.npz"):
+            assert ELMO.main(embed(whole, text, tmp_path / name, "--layers", layers)) == 0
+        assert np.load(tmp_path / "v.npy").shape == shape
+        assert np.load(tmp_path / "v.offsets.npy").tolist() == offsets
+        with np.load(tmp_path / "v.npz") as found:
+            assert found["vectors"].shape == shape
+            assert found["offsets"].tolist() == offsets
+
+
+def test_embed_reads_standard_input_too(give_stdin, whole, text, tmp_path):
+    give_stdin(TEXT.encode())
+    for source, name in ((text, "file"), ("-", "stdin")):
+        assert ELMO.main(embed(whole, source, tmp_path / f"{name}.npy")) == 0
+    assert (tmp_path / "file.npy").read_bytes() == (tmp_path / "stdin.npy").read_bytes()
+
+
+WRONG = {
+    "--embed missing.txt": "go together", "--npz a.npz": "go together",
+    "--embed missing.txt --out-file v.npy": "missing.txt cannot be read (No such file",
+    "--embed text --out-file v.npy": "text cannot be read (Is a directory)",
+    "--embed text/a.txt --out-file v.txt": "ends with .npy or .npz",
+    "--embed text/a.txt --out-file missing/v.npy": "missing is missing",
+    "--embed text/a.txt --out-file folder.npy": "it is a folder",
+    "--embed text/a.txt --out-file v.npy --layers 3": "invalid choice",
+    "--embed text/a.txt --out-file v.npy --out missing": "bilstm.pt is missing",
+    "--embed text/wrong.txt --out-file v.npy": "wrong.txt, line 2: byte 1 of the line is not UTF-8",
+    "--embed text/wrong.txt --out-file v.npz": "wrong.txt, line 2: byte 1 of the line is not UTF-8"}
+
+
+@pytest.mark.parametrize("command, message", WRONG.items())
+def test_a_wrong_input_leaves_the_old_vectors_and_nothing_else(whole, text, tmp_path, monkeypatch, command, message):
+    monkeypatch.chdir(tmp_path)
+    for name in ("v.npy", "v.offsets.npy", "v.npz"):
+        Path(name).write_text("old")
+    Path("folder.npy").mkdir()
+    Path("text/wrong.txt").write_bytes(b"good\na\xff\n")
+    assert message in refused("ELMO.py", ["--out", str(whole), *command.split()], tmp_path)
+
+
+KILL = """import os, sys
+from pathlib import Path
+import ELMO
+replace = Path.replace
+def replace_or_die(part, target):
+    if Path(target).name == sys.argv[1]:
+        os._exit(9)                         # as after kill -9: nothing is cleaned up
+    return replace(part, target)
+Path.replace = replace_or_die
+sys.exit(ELMO.main(sys.argv[2:]))"""
+
+
+@pytest.mark.parametrize("target, killed_at", [
+    ("v.npy", "v.offsets.npy"), ("v.npy", "v.npy"), ("v.npz", ".v.npz.vectors"), ("v.npz", "v.npz")])
+def test_a_killed_run_leaves_no_wrong_pair_and_the_next_run_removes_its_files(whole, text, tmp_path, target, killed_at):
+    assert ELMO.main(embed(whole, text, tmp_path / target)) == 0
+    complete = files(tmp_path)
+    old = (tmp_path / target).read_bytes()
+    text.write_text("the court .\n")
+    argv = embed(whole, text, tmp_path / target)
+    killed = subprocess.run([sys.executable, "-c", KILL, killed_at, *argv], cwd=ROOT, timeout=120)
+    assert killed.returncode == 9
+    assert files(tmp_path) != complete, "it leaves files"
+    if target == "v.npz":
+        assert (tmp_path / target).read_bytes() == old
+    else:
+        assert not (tmp_path / target).exists()         # rather than old vectors beside new offsets
     assert ELMO.main(argv) == 0
-    found = np.load(tmp_path / "v.npz")
-    assert found["offsets"].tolist() == [0, 6, 6, 8, 11]
-    expected = np.concatenate([vectors.numpy() for vectors in bilm.embed(LINES)], axis=1)
-    assert found["vectors"].dtype == np.float32
-    assert np.allclose(found["vectors"], expected, atol=1e-5)
-    assert files(tmp_path) == ["texts", "v.npz"]
+    assert files(tmp_path) == complete
+    if target == "v.npy":
+        assert np.load(tmp_path / "v.offsets.npy").tolist() == [0, 3]
+        assert np.load(tmp_path / target).shape == (3, 3, 24)
 
 
-def test_lines_without_any_token_give_an_empty_array(whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules[__name__], "LINES", ["", " "])
-    for name in ("v.npy", "v.npz"):
-        assert embed(whole, tmp_path, name) == 0
-    assert np.load(tmp_path / "v.npy").shape == (3, 0, 24)
-    assert np.load(tmp_path / "v.npz")["vectors"].shape == (3, 0, 24)
-    assert np.load(tmp_path / "v.offsets.npy").tolist() == [0, 0, 0]
+def test_two_runs_write_to_one_folder_but_not_to_one_file(whole, text, tmp_path):
+    with folder_lock(tmp_path, "v.npy"):                # as a run that writes v.npy
+        assert ELMO.main(embed(whole, text, tmp_path / "other.npy")) == 0
+        assert "another run is writing" in refused("ELMO.py", embed(whole, text, tmp_path / "v.npy"), tmp_path)
+        assert ".v.npy.lock" in os.listdir(tmp_path)
+    assert files(tmp_path) == ["other.npy", "other.offsets.npy", "text/a.txt"]
 
 
-@pytest.mark.parametrize("name, more, message", [
-    ("v.txt", [], "expected a name that ends with .npy or .npz"),
-    ("missing/v.npy", [], "the folder"),
-    ("folder.npy", [], "it is a folder"),
-    ("v.npy", ["--layers", "top", "--layers", "3"], "invalid choice")])
-def test_a_wrong_target_is_named(whole, tmp_path, name, more, message):
-    (tmp_path / "folder.npy").mkdir()
-    (tmp_path / "texts").write_text("the bank .\n")
-    argv = ["--out", str(whole), "--embed", str(tmp_path / "texts"), "--out-file", str(tmp_path / name), *more]
-    assert message in refused("ELMO.py", argv, tmp_path)
+@pytest.mark.parametrize("lengths", [[2], [2, 3], [3, 1]])
+def test_texts_that_change_while_they_are_read_are_refused(lengths):
+    texts = [torch.zeros(n, 4) for n in lengths]
+    with pytest.raises(InputError, match="changed while they were read"):
+        inference.write_vectors(io.BytesIO(), texts, np.array([0, 2, 4]), (4, 4), np.dtype(np.float16))
 
 
-@pytest.mark.parametrize("name", ["v.npy", "v.npz"])
-def test_a_stopped_run_leaves_the_old_file_and_the_next_run_removes_what_a_killed_one_left(
-        whole, tmp_path, monkeypatch, name):
-    assert embed(whole, tmp_path, name) == 0
-    before = (tmp_path / name).read_bytes()
-    (tmp_path / "texts").write_bytes(b"the bank .\n\xff\n")
-    argv = ["--out", str(whole), "--embed", str(tmp_path / "texts"), "--out-file", str(tmp_path / name)]
-    assert ELMO.main(argv) == 2
-    assert (tmp_path / name).read_bytes() == before
-
-    class Killed(BaseException):
-        """Takes the place of a kill: nothing is cleaned up."""
-
-    def killed(*args):
-        raise Killed
-    with monkeypatch.context() as patch:
-        patch.setattr(run_files.os, "fsync", killed)
-        patch.setattr(Path, "unlink", lambda *args, **kwargs: None)
-        with pytest.raises(Killed):
-            embed(whole, tmp_path, name)
-    assert any(".part" in left for left in files(tmp_path))
-    assert embed(whole, tmp_path, name) == 0
-    assert not [left for left in files(tmp_path) if left.startswith(".")]
+def test_given_tokens_of_the_sentiment_treebank_have_one_vector_each(whole, bilm, tmp_path):
+    path = Path(os.environ.get("SST_DIR", "")) / "test.txt"
+    if not path.is_file():
+        pytest.skip("SST_DIR does not name a folder with test.txt")
+    trees = [Tree.fromstring(line).leaves() for line in path.read_text(encoding="utf-8").split("\n") if line]
+    assert len(trees) == 2210
+    expected = [len(tokens) for tokens in trees]
+    assert [len(vectors) for vectors in bilm.embed(trees, layers="top")] == expected
+    (tmp_path / "sst.txt").write_text("".join(" ".join(tokens) + "\n" for tokens in trees), encoding="utf-8")
+    argv = embed(whole, tmp_path / "sst.txt", tmp_path / "v.npy", "--tokenized", "--layers", "top")
+    assert ELMO.main(argv) == 0
+    assert np.diff(np.load(tmp_path / "v.offsets.npy")).tolist() == expected
+    assert len(np.load(tmp_path / "v.npy")) == len(list(chain.from_iterable(trees)))
 
 
-def test_new_offsets_never_stand_beside_old_vectors(whole, tmp_path, monkeypatch):
-    assert embed(whole, tmp_path, "v.npy") == 0
-    replace = Path.replace
+# ----------------------------------------------------------------------------------------- what a script prints
+def test_a_warning_is_one_line_that_names_the_script(tmp_path):
+    @script("a.py")
+    def main(argv) -> int:
+        """Warns twice."""
+        warnings.warn("some words\nare unknown", stacklevel=1)
+        warnings.warn("and others", FutureWarning, stacklevel=1)
+        return 0
 
-    def killed_before_the_vectors(part: Path, target: Path) -> None:
-        """Renames, but the vectors."""
-        if Path(target).name == "v.npy":
-            raise KeyboardInterrupt
-        replace(part, target)
-    monkeypatch.setattr(Path, "replace", killed_before_the_vectors)
-    assert embed(whole, tmp_path, "v.npy") == 130
-    assert not (tmp_path / "v.npy").exists()
+    printed = io.StringIO()
+    before = warnings.showwarning
+    with warnings.catch_warnings(), redirect_stderr(printed):
+        warnings.simplefilter("always")
+        assert main([]) == 0
+    assert printed.getvalue() == "a.py: warning: some words are unknown\na.py: warning: and others\n"
+    assert warnings.showwarning is before
 
 
-def test_the_tokens_of_sst_get_one_vector_each(bilm, whole, tmp_path):
-    source = Path(os.environ.get("SST_DIR", "")) / "test.txt"
-    if not os.environ.get("SST_DIR") or not source.is_file():
-        pytest.skip("SST_DIR does not name a folder with the Stanford Sentiment Treebank")
-    texts = [Tree.fromstring(line).leaves() for line in source.read_text(encoding="utf-8").splitlines()]
-    assert len(texts) == 2210
-    for tokens, vectors in zip(texts, bilm.embed(texts, layers="top"), strict=True):
-        assert len(vectors) == len(tokens)
-    (tmp_path / "texts").write_text("\n".join(" ".join(tokens) for tokens in texts), encoding="utf-8")
-    argv = ["--out", str(whole), "--embed", str(tmp_path / "texts"), "--out-file", str(tmp_path / "v.npy")]
-    assert ELMO.main([*argv, "--tokenized", "--layers", "0"]) == 0
-    assert np.diff(np.load(tmp_path / "v.offsets.npy")).tolist() == [len(tokens) for tokens in texts]
+def run_main(body: str, **environment: str) -> subprocess.CompletedProcess:
+    """A process that runs a script with this body, with these environment variables."""
+    code = f"from run.options import script\nfrom run.files import InputError\n@script('a.py')\n" \
+           f"def main(argv):\n    {body}\nraise SystemExit(main([]))"
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | environment, capture_output=True,
+                          timeout=60)
+
+
+def test_a_character_that_the_console_lacks_is_printed_by_its_number():
+    found = run_main(r"print('caf\u00e9 \u77f3'); raise InputError('\u6cb9 is missing')", PYTHONIOENCODING="ascii")
+    assert found.stdout.split() == [rb"caf\xe9", rb"\u77f3"]
+    assert found.stderr.strip() == rb"a.py: \u6cb9 is missing"
+    assert found.returncode == 2
+
+
+def test_only_the_first_process_of_torchrun_prints_a_refusal():
+    for rank, message in {"0": b"a.py: wrong", "1": b""}.items():
+        found = run_main("raise InputError('wrong')", RANK=rank)
+        assert found.returncode == 2
+        assert found.stderr.strip() == message
