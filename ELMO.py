@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from data.ag_news import CACHE, split
 from data.batches import Sampler, batches, collate, predicted_tokens, reverse_within_lengths
 from data.characters import CharacterCNN
-from data.inputs import Text, check_mix, check_texts, each_checked, nonempty_texts
+from data.inputs import Text, check_mix, check_text, check_texts, each_checked, nonempty_texts
 from data.text import PAD, SPECIAL, Data, Encoded, Vocabulary, tokenize, tokenize_texts, warn_of_unknown
 from data.word2vec import unit_variance, word2vec
 from run import checkpoint, inference, machine, metrics, ngram
@@ -162,7 +162,8 @@ class BiLM(nn.Module):
         device = self.table.device
         if self.config.representation == "char":
             types, place = torch.unique(ids, return_inverse=True)           # each type goes through the network once
-            return F.embedding(upload(place, device), self.characters(upload(chars[types], device)).float())
+            x = self.characters(upload(chars[types], device)).to(self.table.dtype)
+            return F.embedding(upload(place, device), x)
         ids = upload(ids, device)
         if self.config.tied:
             return F.embedding(ids, self.table, sparse=self.sparse)
@@ -265,7 +266,8 @@ def score_batch(model: BiLM, encoded: Encoded, dtype: torch.dtype, details: bool
             place, gold = predicted_tokens(y[d])
             h = model.states(d, x[d])[-1].flatten(0, 1)[upload(place, device)]  # (T, B, P) -> (N, P)
             scores = metrics.full_softmax_nll(h, upload(gold, device), model.table, model.bias, details)
-            directions.append((rows[place.numpy() % len(rows)], *(values.cpu().numpy() for values in scores)))
+            row = rows[place.numpy() % len(rows)]
+            directions.append((row, *(values.cpu().numpy() for values in scores)))
     return directions
 
 
@@ -327,7 +329,8 @@ class Trainer:
         With `start`, all weights are copied from that biLM; only the rows of new words keep the values above.
         """
         model = machine.seeded(self.config.seed, partial(BiLM, self.config, len(self.data.words)))
-        model.bias.data[:, 0] = torch.from_numpy(np.log(np.maximum(counts, 0.5) / counts.sum()))
+        frequency = np.maximum(counts, 0.5) / counts.sum()                  # 0.5 for a word that does not occur
+        model.bias.data[:, 0] = torch.from_numpy(np.log(frequency))
         if self.config.representation == "word2vec":
             vectors = word2vec(self.data, self.config.width, self.config.seed)
             table = model.table if self.config.tied else model.static
@@ -450,10 +453,7 @@ def train(trainer: Trainer, resume_file: Path | None = None, resume: bool = Fals
 
 
 def adapt(start: "ELMo", texts: Sequence[Text], config: Config, cache: Path | None = None, *resuming) -> Run:
-    """Trains a biLM further on texts, a tenth of them for validation (the paper's section 3.4).
-
-    Words that the other texts have `config.min_count` times are added. cache: of the tokens; resuming: as in `train`.
-    """
+    """Trains a biLM further on texts, a tenth of them for validation; new words are added. resuming: as in `train`."""
     tokens = tokenize_texts(texts, cache)
     train_rows, validation_rows = split(len(tokens), len(tokens) // 10, config.seed)
     data = Data.of_tokens(tokens, config, train_rows, validation_rows, start.words)
@@ -540,7 +540,7 @@ class ELMo:
 
     def tokenize(self, text: Text) -> list[str]:
         """["oil", "prices", "fall", "."] for "Oil prices fall."; a list of tokens keeps its length."""
-        return tokenize(text)
+        return tokenize(check_text(text, "text"))
 
     def encode(self, texts: Sequence[Text]) -> Encoded:
         """Texts as `collate` and `score_rows` take them."""
@@ -586,10 +586,9 @@ class ELMo:
 
     def sentences(self, texts: Sequence[Text], precision: str = "fp32") -> Tensor:
         """(N, D) float32 CPU tensor: the mean over tokens of the average layer; zeros if a text has none."""
-        out = torch.zeros(len(texts), 2 * self.config.width)
-        for i, vectors in enumerate(self.embed_stream(texts, precision, layers="average")):
-            out[i] = vectors.sum(dim=0) / max(1, len(vectors))
-        return out
+        stream = self.embed_stream(texts, precision, layers="average")
+        means = [vectors.sum(dim=0) / max(1, len(vectors)) for vectors in stream]
+        return torch.stack(means) if means else torch.zeros(0, 2 * self.config.width)
 
     def score(self, texts: Sequence[Text], per_text: bool = False) -> dict | list[dict]:
         """{"forward": {"nats", "tokens", "unknown", "perplexity"}, "backward": ..} of all texts by the full softmax.
@@ -633,10 +632,11 @@ class ELMoLayer(ScalarMix):
             bilm.table.requires_grad_(bilm.config.tied)
         else:
             vars(self)["bilm"] = bilm           # by `self.bilm = bilm`, nn.Module would make it a part of this module
+        mix = check_mix(mix, LAYERS + 1)
         if mix == "frozen":
             nn.init.normal_(self.w)
         elif mix != "trainable":
-            weights = torch.tensor(check_mix(mix, LAYERS + 1))
+            weights = torch.tensor(mix)
             self.gamma.data = weights.sum()
             self.w.data = (weights / self.gamma.data).log()                 # so that gamma softmax(w) is `weights`
         for parameter in (self.w, self.gamma):

@@ -480,9 +480,9 @@ class Classifier:
         config = replace(config, task="own", fields="pair" if pair else "description",
                          setting="trainable" if config.setting == "all" else config.setting)
         rows = check_rows(rows, config)
-        check_words(EncodedTexts(Part.without_labels(rows), elmo))          # before a training that may be long
+        EncodedTexts(Part.without_labels(rows), elmo).check_words()         # before a training that may be long
         validation = min(config.validation, max(1, len(rows) // 10))
-        task = labelled_task(rows, labels, validation, config.seed)
+        task = labelled_task(rows, labels, validation, config.seed).with_labels(config.rows, config.seed)
         if config.adapt:
             elmo = ELMo.from_run(adapt(elmo, task, config))
         parts = {part: EncodedTexts(getattr(task, part), elmo) for part in ("train", "validation")}
@@ -552,7 +552,7 @@ class Classifier:
     def probabilities(self, texts: Sequence[Text | tuple[Text, ...]], precision: str = "fp32") -> Tensor:
         """(N, C) float32 CPU tensor. InputError names a text without words."""
         part = self.encode(texts)
-        check_words(part)
+        part.check_words()
         return self.probabilities_of(part, np.arange(len(part.labels)), precision)
 
     def encode(self, texts: Sequence[Text | tuple[Text, ...]]) -> EncodedTexts:
@@ -586,12 +586,6 @@ def save(path: str | Path, classifiers: Sequence[Classifier], scores: dict | Non
         "format": FORMAT, "config": asdict(classifiers[0].config), "labels": classifiers[0].labels, "heads": heads,
         "bilm": bilm, "weights": {name: value.cpu().half() for name, value in weights.items()},
         "metrics": scores or {}})
-
-
-def check_words(part: EncodedTexts) -> None:
-    """Raises InputError that names a text without words."""
-    if not part.shortest.all():
-        raise InputError(f"text {part.shortest.argmin()} has no words; there is nothing to classify")
 
 
 def bilm_of(path: str | Path, content: dict, bilstm: str | Path | None, device: torch.device) -> ELMo:
@@ -645,21 +639,22 @@ def save_run(path: Path, result: dict, trainer: Trainer, elmo: ELMo) -> None:
 
 # ------------------------------------------------------------------------------------------------------- main
 def own_data(config: Config, options: Namespace) -> tuple[Config, Task | None]:
-    """Reads --data: (config with task, fields and validation set to fit, task). Without --data: (config, None)."""
+    """Reads --data: (config with task and fields set to fit, task). Without --data: (config, None)."""
     if options.data is None:
         if config.task == "own" or config.fields in ("joined", "pair") or options.text or options.label:
             raise InputError("--task own, --fields joined or pair, --text and --label are for --data; name its folder")
+        if options.tokenized:
+            raise InputError("--tokenized is for --data and --predict; the texts of other tasks are not tokenized")
         return config, None
     if config.task not in ("ag_news", "own") or "title" in config.fields:
         raise InputError("--data names rows of your own; leave out --task, and choose columns by --text")
     validation = config.validation if "validation" in options.given else None
     task = own_task(options.data, options.text or [], options.label, config.fields == "pair", validation, config.seed,
                     options.tokenized)
-    several = len(options.text or []) > 1
-    fields = "joined" if several and config.fields == "description" else config.fields
-    if config.rows:
-        task = task.with_labels(config.rows, config.seed)
-    return replace(config, task="own", fields=fields, validation=len(task.validation)), task
+    fields = config.fields
+    if fields != "pair":
+        fields = "joined" if len(options.text or []) > 1 else "description"
+    return replace(config, task="own", fields=fields), task.with_labels(config.rows, config.seed)
 
 
 def adapt(elmo: ELMo, task: Task, config: Config, file: Path | None = None, resume: bool = False) -> Run:
@@ -742,6 +737,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         config, task = own_data(config, options)
         return classify(config, options, task=task)
     path = options.classifier or options.out / f"{config.stem}.pt"
+    if not options.classifier and not path.exists():
+        path = options.out / "classifier.pt"            # the name for own data, whatever the options
     load = partial(Classifier.load, path, options.bilstm, config.setting)
     inference.print_predictions(load, config.precision, options)
     return 0

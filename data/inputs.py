@@ -46,13 +46,15 @@ def nonempty_texts(texts: Iterable[Text]) -> list[Text]:
     return found
 
 
-def check_mix(weights: Sequence[float], count: int) -> list[float]:
-    """The weights of a mix of layers. Raises InputError if they are not `count` numbers >= 0 with a sum above 0."""
+def check_mix(mix: str | Sequence[float], count: int) -> str | list[float]:
+    """"trainable", "frozen", or the weights of `count` layers. InputError if they are not >= 0 with a sum above 0."""
+    if isinstance(mix, str) and mix in ("trainable", "frozen"):
+        return mix
     try:
-        numbers = [float(weight) for weight in weights]
+        numbers = [] if isinstance(mix, str) else [float(weight) for weight in mix]
     except (TypeError, ValueError):
         numbers = []
     if len(numbers) != count or min(numbers) < 0 or not 0 < sum(numbers) < math.inf:       # NaN: the sum is NaN
-        raise InputError(f"mix is {weights!r}; expected trainable, frozen, or {count} numbers >= 0 with a sum above 0")
+        raise InputError(f"mix is {mix!r}; expected trainable, frozen, or {count} numbers >= 0 with a sum above 0")
     return numbers
 

@@ -22,12 +22,15 @@ def labelled_task(texts: Sequence[tuple], labels: Sequence[str | int], validatio
     The seed draws `validation` rows; if `validation` is None, a tenth of the rows, at most 2,000. A class of which all
     rows are drawn keeps one in training. places: what an error calls each label; by default "label 0", "label 1", ..
     """
+    labels = labels.tolist() if hasattr(labels, "tolist") else list(labels)        # of NumPy, pandas or torch
     if len(texts) != len(labels):
         raise InputError(f"there are {len(texts)} texts and {len(labels)} labels; expected one label for each text")
     if places is None:
         places = [f"label {i}" for i in range(len(labels))]
     names = class_names(labels, places)
-    known = Rows(list(texts), list(labels), places).part(names)
+    if len(names) == len(labels) > 20:
+        raise InputError(f"{places[0]} is like no other: every row has a class of its own; are these the labels?")
+    known = Rows(list(texts), labels, places).part(names)
     if validation is None:
         validation = min(2000, max(1, len(known) // 10))
     _, drawn = split(len(known), validation, seed)
@@ -58,12 +61,12 @@ class Rows:
 
 
 def checked_label(label: object, place: str) -> str | int:
-    """The label; an integer of NumPy becomes an int. Raises InputError if it is no integer and no string, or empty."""
-    if isinstance(label, str) and label.strip():
+    """The label; an integer of NumPy becomes an int. Raises InputError if it is no integer and no name on one line."""
+    if isinstance(label, str) and label.isprintable() and label.strip():
         return str(label)
     if isinstance(label, Integral) and not isinstance(label, bool):
         return int(label)
-    raise InputError(f"{place} is {str(label)!r:.40}; expected an integer, or a string that is not empty")
+    raise InputError(f"{place} is {str(label)!r:.40}; expected an integer, or a string of printable characters")
 
 
 def class_names(labels: Sequence[str | int], places: Sequence[str]) -> list[str | int]:

@@ -12,6 +12,7 @@ from data.ag_news import COLUMNS, read_rows
 from data.inputs import Text, check_text
 from data.labels import Rows, labelled_task
 from data.tasks import Task, with_title
+from data.text import normalize
 from run.files import InputError, read_lines, split_at_spaces
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
@@ -97,7 +98,7 @@ class Table:
                 if name not in row:
                     raise InputError(f"{place}: {name} is missing; write it on every line")
             texts = [checked_text(row[name], f"{place}: {name}", tokenized) for name in columns[:-1]]
-            if not "".join("".join(text) for text in texts).strip():
+            if not normalize("".join("".join(text) for text in texts)).strip():
                 raise InputError(f"{place}: the text is empty; write one or remove the row")
             if not pair and len(texts) > 1:
                 texts = [joined(texts, place)]
@@ -127,8 +128,8 @@ def choose_columns(table: Table, text_columns: Sequence[str], label_column: str 
         found = {kind: names or rest for kind, names in found.items()}
     for kind, names in found.items():
         if len(names) != 1 and not given[kind]:
-            raise InputError(f"{table.path} has the columns {listed(table.columns)}, and it is not clear which one is "
-                             f"the {kind}; name it with --{kind}")
+            raise InputError(f"{table.path} has the columns {listed(table.columns)} in its first line, and it is not "
+                             f"clear which one is the {kind}; name it with --{kind}")
     return found["text"], found["label"][0]
 
 
@@ -153,7 +154,7 @@ def read_table(folder: Path, part: str) -> Table | None:
         raise InputError(f"{folder} has {found[0].name} and {found[1].name}; leave only one of them there")
     table = read_objects(found[0]) if found[0].suffix == ".jsonl" else read_fields(found[0])
     if not table.rows:
-        raise InputError(f"{table.path} has no row; write rows of texts and labels to it")
+        raise InputError(f"{table.path} has no row below its first line, which names the columns; add rows")
     return table
 
 

@@ -85,11 +85,18 @@ class Task:
         return sha.hexdigest()
 
     def with_labels(self, rows: int, seed: int) -> "Task":
-        """The same task with only `rows` labelled training rows, drawn by the seed; `corpus` stays whole."""
+        """The same task with only `rows` labelled training rows (0: all), drawn by the seed; `corpus` stays whole."""
+        if rows == 0:
+            return self
         if rows > len(self.train):
             raise InputError(f"rows is {rows}, but the task has {len(self.train)} training rows")
         chosen = np.random.default_rng([seed, 5]).permutation(len(self.train))[:rows]
-        return replace(self, train=self.train.take(np.sort(chosen)))
+        train = self.train.take(np.sort(chosen))
+        missing = np.setdiff1d(self.train.labels, train.labels)
+        if len(missing):
+            raise InputError(f"rows is {rows}, which leaves no training row of the class {self.labels[missing[0]]}; "
+                             "choose more rows, or another seed")
+        return replace(self, train=train)
 
 
 def read_task(config, bilm_config) -> Task:
@@ -103,9 +110,7 @@ def read_task(config, bilm_config) -> Task:
         task = nli_task(config.validation, config.seed)
     else:
         task = sst_task(config.task == "sst2", config.phrases)
-    if config.rows:
-        return task.with_labels(config.rows, config.seed)
-    return task
+    return task.with_labels(config.rows, config.seed)
 
 
 class EncodedTexts:
@@ -127,6 +132,11 @@ class EncodedTexts:
         self.lengths = sides.max(axis=0)
         self.shortest = sides.min(axis=0)
 
+    def check_words(self) -> None:
+        """Raises InputError that names a text without words."""
+        if not self.shortest.all():
+            raise InputError(f"text {self.shortest.argmin()} has no words; leave it out")
+
     def sides(self, rows: np.ndarray) -> tuple[np.ndarray, torch.Tensor]:
         """Rows of `encoded` for these rows of the task, and their lengths; for pairs all first texts come first."""
         sides = np.concatenate([rows, rows + len(self.lengths)]) if self.pair else rows
@@ -145,7 +155,10 @@ def check_rows(texts: Iterable[Text | tuple[Text, ...]], config) -> list[tuple[T
         if not isinstance(row, tuple) or len(row) < 2 or (config.pair and len(row) > 2):
             raise InputError(f"text {i} is {str(row)[:40]!r}; expected a tuple of two texts (on a line: a tab between)")
         parts = tuple(check_text(text, f"text {i}") for text in row)
-        rows.append(parts if config.pair else (with_title(*parts),))
+        has_words = "".join("".join(part) for part in parts).strip() != ""
+        if not config.pair:
+            parts = (with_title(*parts) if has_words else "",)
+        rows.append(parts)
     return rows
 
 
@@ -223,7 +236,7 @@ def ag_news_validation(rows: int, config, bilm_config) -> tuple[np.ndarray, list
     if 0 < bilm_config.validation <= rows // 2:
         first = bilm_config.rows if 0 < bilm_config.rows <= rows else rows
         _, validation_rows = split(first, bilm_config.validation, bilm_config.seed)
-        return validation_rows, []
+        return validation_rows, ["the validation rows are those of the biLM's run; --validation is not used"]
     size = min(config.validation, max(1, rows // 10))
     _, validation_rows = split(rows, size, config.seed)
     note = (f"{size:,} validation rows are drawn by --validation and --seed, at most a tenth of train.csv, because the "

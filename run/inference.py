@@ -6,7 +6,7 @@ import sys
 import zipfile
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from queue import Empty, Queue
@@ -38,7 +38,7 @@ EMBED_FLAGS = {
 def check_layers(layers: str | int, top: int) -> None:
     """Raises InputError if `layers` does not name layers; top: number of the top layer."""
     choices = ("all", "average", "top", *range(top + 1))
-    if layers not in choices or isinstance(layers, bool):
+    if type(layers) not in (str, int) or layers not in choices:
         raise InputError(f"layers is {layers!r}; expected one of {', '.join(map(str, choices))}")
 
 
@@ -68,11 +68,10 @@ def print_predictions(load: Callable, precision: str, options: Namespace) -> Non
             raise InputError(f"--predict {options.predict!r} has no words; there is nothing to classify")
         print(answer(options.predict, prediction, options.json))
         return
-    lines = checked_lines(stream_lines("-"), classifier.config)
-    with output_may_close():
-        for block in blocks(lines):
-            answers = [answer(line, found, options.json) for line, found in zip(block, predict(block), strict=True)]
-            print("\n".join(answers), flush=True)
+    for block in blocks(checked_lines(stream_lines("-"), classifier.config)):
+        answers = [answer(line, found, options.json) for line, found in zip(block, predict(block), strict=True)]
+        if not print_lines(answers):
+            return
 
 
 def check_line(line: str, name: str, config) -> None:
@@ -123,15 +122,16 @@ def answer(line: str, prediction: dict, as_json: bool) -> str:
     return "\t".join([str(prediction["label"]), *probabilities])
 
 
-@contextmanager
-def output_may_close() -> Iterator[None]:
-    """Ends the `with` block quietly if nobody reads on what it prints, as in `.. | head -1`."""
+def print_lines(lines: list[str]) -> bool:
+    """Prints the lines at once. False if nobody reads them any more, as in `.. | head -1`."""
     try:
-        yield
+        print("\n".join(lines), flush=True)
+        return True
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # for what Python prints when it ends
         if error.errno not in (errno.EPIPE, errno.EINVAL):                  # EINVAL: a closed pipe on Windows
             raise InputError(f"standard output cannot be written ({error.strerror})") from None
+        return False
 
 
 def blocks(lines: Iterable[str]) -> Iterator[list[str]]:
@@ -192,6 +192,8 @@ def embed_file(load: Callable, precision: str, options: Namespace) -> None:
     EMBED_FLAGS, and tokenized. The texts are read twice, since the size of the file must be known before its vectors.
     """
     source = options.embed
+    if options.start or options.corpus:
+        raise InputError("--start and --corpus are for training; --embed uses bilstm.pt in --out")
     if source is None or options.out_file is None:
         raise InputError("--embed and --out-file go together: --embed texts.txt --out-file vectors.npy")
     target = Path(options.out_file)

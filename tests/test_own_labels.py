@@ -63,7 +63,7 @@ def test_six_named_classes_go_from_a_csv_to_json_figure_and_prediction(folder, c
     result = numbers("classification", folder / "out")
     assert result["labels"] == sorted(WORDS)
     assert result["task"] == "own"
-    assert result["config"]["validation"] == 40
+    assert result["settings"]["trainable"]["validation"]["ensemble"]["rows"] == 40, "a tenth"
     test = result["settings"]["trainable"]["test"]["ensemble"]
     assert list(test["classes"]) == sorted(WORDS)
     assert test["accuracy"] > 0.9
@@ -77,7 +77,7 @@ def test_six_named_classes_go_from_a_csv_to_json_figure_and_prediction(folder, c
     assert [text.rpartition(" ")[0] for text in probabilities] == sorted(WORDS)
     assert classification.main(command(folder, "--resume")) == 0
     assert "finished already" in capsys.readouterr().out
-    assert "validation = 40, not 30" in refused("classification.py", command(folder, "--validation", "30"), folder)
+    assert "validation = 2000, not 30" in refused("classification.py", command(folder, "--validation", "30"), folder)
 
 
 def test_an_adapted_classifier_of_own_rows_knows_their_words_and_stands_by_itself(folder):
@@ -154,6 +154,8 @@ def test_a_fine_tuned_classifier_of_lists_has_a_biLM_of_its_own(elmo, tmp_path):
     (["a", " "], ["x", "y"], "text 1 has no words"),
     (["a", 3], ["x", "y"], "text 1 is of type int"),
     (["a", "b"], ["x", None], "label 1 is 'None'; expected an integer, or a string"),
+    (["a", "b"], ["x", "y\nz"], "expected an integer, or a string of printable characters"),
+    (["a"] * 21, [str(i) for i in range(21)], "every row has a class of its own"),
     (["a", "b"], ["x", 1], "label 1 is 1, but label 0 is 'x'"),
     ([], [], "there are no labels"),
     ("ab", ["x", "y"], "texts is one string"),

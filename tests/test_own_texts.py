@@ -3,6 +3,7 @@ import copy
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from conftest import SENTENCES, arguments, numbers, refused, slow_states, tiny
@@ -70,7 +71,7 @@ def test_chosen_layers_are_those_of_all_layers(elmo):
         assert found[-1].shape == (0, 24)
         for one, h in zip(found, everything, strict=True):
             assert torch.allclose(one, expected(h), atol=1e-6)
-    for layers in ("bottom", 3, -1, True, None):
+    for layers in ("bottom", 3, -1, 1.0, True, None):
         with pytest.raises(InputError, match="expected one of all, average, top, 0, 1, 2"):
             elmo.embed(SENTENCES, layers=layers)
 
@@ -81,6 +82,7 @@ def test_the_vector_of_a_sentence_is_the_mean_over_its_tokens_and_the_layers(elm
     assert torch.allclose(found[0], elmo.embed(["oil prices fall ."])[0].mean(dim=(0, 1)), atol=1e-6)
     assert not found[1].any()
     assert elmo.sentences([]).shape == (0, 24)
+    assert torch.allclose(elmo.sentences(text for text in ["oil prices fall ."]), found[:1], atol=1e-6)
 
 
 # ----------------------------------------------------------------------------------------------------------- scores
@@ -204,13 +206,13 @@ def test_a_frozen_mix_stays_and_given_weights_are_used_as_they_are(elmo):
     assert frozen.gamma == 1
     assert frozen.w.std() > 0
     h, = elmo.embed(["oil prices fall ."])
-    for weights in ([0.5, 0.25, 0.25], [0, 0, 1], [1, 1, 1]):
+    for weights in ([0.5, 0.25, 0.25], [0, 0, 1], np.array([1, 1, 1])):
         layer = elmo.layer(mix=weights)
         vectors, _ = layer(["oil prices fall ."])
         expected = weights[0] * h[0] + weights[1] * h[1] + weights[2] * h[2]
         assert torch.allclose(vectors[0], expected, atol=1e-5)
         assert not vectors.requires_grad
-    for mix in ("other", [1, 2], [0, 0, 0], [1, -1, 1], [math.nan, 1, 1], None):
+    for mix in ("other", "111", [1, 2], [0, 0, 0], [1, -1, 1], [math.nan, 1, 1], None):
         with pytest.raises(InputError, match="expected trainable, frozen, or 3 numbers"):
             elmo.layer(mix=mix)
 
@@ -220,6 +222,7 @@ def test_further_training_keeps_the_words_adds_new_ones_and_leaves_the_first_mod
     model = ELMo.train(SENTENCES * 4, tiny(representation="embedding", epochs=2.0))
     before = {name: value.clone() for name, value in model.model.state_dict().items()}
     texts = ["the zebra won the match .", "the zebra sat ."] * 10
+    assert "okapi" in model.adapt([*SENTENCES * 4, *["the okapi okapi sat"] * 2], epochs=1).words.words, "twice or more"
     adapted = model.adapt(texts, epochs=30)
     assert adapted.words.words[:len(model.words)] == model.words.words
     assert adapted.words.words[len(model.words):] == ["zebra"]
@@ -235,8 +238,11 @@ def test_further_training_keeps_the_words_adds_new_ones_and_leaves_the_first_mod
     {"representation": "char"}, {"representation": "word2vec", "freeze_word2vec": True}])
 def test_every_representation_goes_on(options):
     model = ELMo.train(SENTENCES * 4, tiny(**options, epochs=1.0))
-    adapted = model.adapt(["the zebra won ."] * 20, epochs=1)
+    adapted = model.adapt(["the zebra won .", *["the cat won ."] * 17, "a zebra sat .", "a quagga won ."], epochs=1)
     assert adapted.embed(["zebra"])[0].shape == (3, 1, 24)
+    learning = {name for name, weight in model.layer(finetune=True).named_parameters() if weight.requires_grad}
+    assert not learning & {"bilm.table", "bilm.bias"}, "they are for the softmax only"
+    model.layer().double()(["the zebra"])
 
 
 @pytest.fixture

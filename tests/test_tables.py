@@ -147,7 +147,7 @@ ROW = '{"text": "a", "label": "x"}\n'
     ({"train_csv": CSV, "test_csv": None}, {}, "test.csv (or .tsv, .jsonl) is missing"),
     ({"train_csv": CSV, "train_tsv": "a\tb\n"}, {}, "has train.csv and train.tsv; leave only one"),
     ({"train_csv": ""}, {}, "train.csv has no row"),
-    ({"train_csv": "text,label\n"}, {}, "train.csv has no row; write rows"),
+    ({"train_csv": "text,label\n"}, {}, "train.csv has no row below its first line"),
     ({"train_jsonl": "\n"}, {}, "train.jsonl has no row"),
     ({"train_csv": "text;label\na;b\n"}, {}, "the header is one column, 'text;label'; write columns with ','"),
     ({"train_csv": "text,label\na,x\nb\n"}, {}, "row 2: has 1 fields; expected 2"),
@@ -179,7 +179,7 @@ ROW = '{"text": "a", "label": "x"}\n'
     ({"train_csv": "Text,text ,label\na,b,x\n"}, {"text": ("TEXT",)}, "has two columns 'TEXT'"),
     ({"train_csv": CSV}, {"text": ("label",), "label": "label"}, "label, label names a column twice"),
     ({"train_csv": "text,description,label\na,b,x\n"}, {}, "not clear which one is the text; name it with --text"),
-    ({"train_csv": "a,b,label\na,b,x\n"}, {}, "has the columns a, b, label, and it is not clear which one is the text"),
+    ({"train_csv": "a,b,label\na,b,x\n"}, {}, "has the columns a, b, label in its first line, and it is not clear which"),
     ({"train_csv": "text,label,class\na,b,x\n"}, {}, "not clear which one is the label; name it with --label"),
     ({"train_csv": "text,a,b\na,b,x\n"}, {}, "not clear which one is the label"),
     ({"train_csv": ",review\n0,good\n"}, {}, "not clear which one is the text"),
@@ -270,7 +270,7 @@ def test_the_classes_of_ag_news_are_those_of_train_csv(tmp_path, monkeypatch):
     assert task.labels == ["Sports", "Sci/Tech"]
     assert task.test.labels.tolist() == [0, 0, 1]
     assert len(task.validation) == 6
-    assert task.notes == []
+    assert task.notes == ["the validation rows are those of the biLM's run; --validation is not used"]
     p = np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
     metrics = classification_metrics(p, task.test.labels, task.labels)
     assert metrics["macro_f1"] == pytest.approx(2 / 3)          # precision and recall: 1 and 1/2, 1/2 and 1
