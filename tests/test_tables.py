@@ -179,7 +179,7 @@ ROW = '{"text": "a", "label": "x"}\n'
     ({"train_csv": "Text,text ,label\na,b,x\n"}, {"text": ("TEXT",)}, "has two columns 'TEXT'"),
     ({"train_csv": CSV}, {"text": ("label",), "label": "label"}, "label, label names a column twice"),
     ({"train_csv": "text,description,label\na,b,x\n"}, {}, "not clear which one is the text; name it with --text"),
-    ({"train_csv": "a,b,label\na,b,x\n"}, {}, "has the columns a, b, label in its first line, and it is not clear which"),
+    ({"train_csv": "a,b,label\na,b,x\n"}, {}, "has the columns a, b, label in its first line, and it is not clear"),
     ({"train_csv": "text,label,class\na,b,x\n"}, {}, "not clear which one is the label; name it with --label"),
     ({"train_csv": "text,a,b\na,b,x\n"}, {}, "not clear which one is the label"),
     ({"train_csv": ",review\n0,good\n"}, {}, "not clear which one is the text"),
