@@ -104,7 +104,7 @@ def test_rows_like_those_of_hugging_face_get_a_note(tmp_path):
 
 
 def test_a_long_list_of_classes_is_cut_in_the_note(tmp_path):
-    rows = "".join(f"text,a class with the number {c:04}\n" for c in range(50))
+    rows = "".join(f"text,a class with the number {c:04}\n" for c in range(50)) * 2
     task = read(write_thrice(tmp_path, "csv", "text,label\n" + rows))
     assert len(task.labels) == 50
     assert "50 classes: a class with the number 0000, a class" in task.notes[0]
