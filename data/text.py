@@ -69,8 +69,10 @@ def tokenize_texts(texts: Iterable[Text], cache: Path | None = None, tokenized: 
 
     tokenized: the texts have spaces between their tokens, and are split there only.
     """
-    rules = [inspect.getsource(part) for part in (normalize, tokenize, tokenize_spaced, split_at_spaces)]
-    version = " ".join([str(tokenized), TOKENS._pattern, ENTITY.pattern, APOSTROPHE.pattern, *rules])
+    version = ""
+    if cache is not None:                       # reading the source takes time, and only a cache needs it
+        rules = [inspect.getsource(part) for part in (normalize, tokenize, tokenize_spaced, split_at_spaces)]
+        version = " ".join([str(tokenized), TOKENS._pattern, ENTITY.pattern, APOSTROPHE.pattern, *rules])
     return tokenize_corpus(texts, tokenize_spaced if tokenized else tokenize, version, cache)
 
 
@@ -143,7 +145,10 @@ class Encoded:
 
     def unknown(self, rows: np.ndarray | slice = slice(None)) -> float:
         """Share of <unk> among the tokens of these rows."""
-        counts = self.tokens.counts(rows)
+        return self.unknown_share(self.tokens.counts(rows))
+
+    def unknown_share(self, counts: np.ndarray) -> float:
+        """The same from the counts (types,) of the tokens."""
         return float(counts[self.lookup == UNK].sum() / max(1, counts.sum()))
 
 
@@ -180,11 +185,12 @@ class Data:
     def of_tokens(cls, tokens: Tokens, config, train: np.ndarray, validation: np.ndarray,
                   known: Vocabulary | None = None) -> "Data":
         """Data of any tokens. The words of `known` keep their ids; the new ones follow."""
-        words = Vocabulary.count(tokens.types, tokens.counts(train), config.min_count)
+        counts = tokens.counts(train)
+        words = Vocabulary.count(tokens.types, counts, config.min_count)
         if known is not None:
             words = known.grown_by(words)
         encoded = Encoded.of(tokens, words, config.representation)
-        warn_of_unknown(encoded.unknown(train), "training tokens")
+        warn_of_unknown(encoded.unknown_share(counts), "training tokens")
         return cls(words, encoded, train, validation)
 
     @classmethod
