@@ -1,8 +1,8 @@
 """ELMo's bidirectional language model (Peters et al. 2018, arXiv:1802.05365), from news texts to models/bilstm.pt.
 
     sentence k: <s> w_1 .. w_n </s>
-    forward LM   reads <s> w_1 .. w_n      predicts w_1 .. w_n </s>      sum_k log p(w_k | w_1 .. w_k-1)
-    backward LM  reads </s> w_n .. w_1     predicts w_n .. w_1 <s>       sum_k log p(w_k | w_k+1 .. w_n)
+    forward LM   reads <s> w_1 .. w_n      predicts w_1 .. w_n </s>      sum_k log p(w_k | w_1 .. w_(k-1))
+    backward LM  reads </s> w_n .. w_1     predicts w_n .. w_1 <s>       sum_k log p(w_k | w_(k+1) .. w_n)
     h_{k,0} = [x_k ; x_k]    h_{k,j} = [forward h_{k,j} ; backward h_{k,j}],  j = 1, 2
 
 The two directions are two language models. They share the token representations x and the softmax, not the LSTMs, and
@@ -56,32 +56,31 @@ HERE = Path(__file__).resolve().parent
 FORMAT = "elmo-bilm-2"                  # of bilstm.pt; renamed whenever the file's meaning changes
 LAYERS = 2                              # LSTM layers of each direction
 INITIAL_STD = 0.05                      # of the word table's entries: rows of norm about 1 at P = 448
-MEASURED_TRAINING_ROWS = 4000
+BETAS = (0.9, 0.99)                     # Adam's decay of the mean gradient and of the mean squared gradient
+CLIP = 0.25                             # largest norm of the whole gradient
+MEASURED_TRAINING_ROWS = 4000           # a sample, on which the finished model is measured
 MODEL_OPTIONS = ("representation", "width", "hidden", "freeze_word2vec")      # those that --start takes from its file
 
 
 # ---------------------------------------------------------------------------------------------------- options
 @dataclass(frozen=True)
 class Config:
-    """Every option of pretraining. The defaults are the published run; InputError if a value is out of range."""
+    """The options of model and training. The defaults are the published run; InputError if one is out of range."""
     representation: str = option("embedding", "what x is made from", choices=("embedding", "word2vec", "char"))
-    width: int = option(448, "P: width of x and of every layer's output; at most `hidden`", min=1, max=8192)
+    width: int = option(448, "P: width of x and of every layer's output; `hidden` if that is less", min=1, max=8192)
     hidden: int = option(448, "H: cells of each LSTM; their output is projected to P if H > P", min=1, max=65536)
-    dropout: float = option(0.2, "dropout probability; a sentence loses the same units at all positions", max=0.95)
-    word_dropout: float = option(0.0, "probability that an input word becomes zeros", max=0.95)
+    dropout: float = option(0.3, "dropout probability; a sentence loses the same units at all positions", max=0.95)
+    word_dropout: float = option(0.05, "probability that an input word becomes zeros", max=0.95)
     min_count: int = option(3, "smallest count in the training rows for a word of the vocabulary", min=1)
     freeze_word2vec: bool = option(False, "word2vec: x stays fixed, and the softmax learns a table of its own")
     rows: int = option(0, "use only the first rows of train.csv, validation rows included; 0: all")
     validation: int = option(4000, "rows of train.csv that are not trained on and choose the best epoch")
-    epochs: float = option(4.0, "passes over the training rows", max=100_000)
+    epochs: float = option(12.0, "passes over the training rows", max=100_000)
     batch_tokens: int = option(3000, "positions (B x T) of a batch", min=1)
-    negatives: int = option(2048, "E: sampled words per step; with V or more it is the full softmax", min=1)
+    negatives: int = option(2048, "E: sampled words per step; V or more: the full softmax", min=1)
     lr: float = option(8e-3, "peak learning rate of AdamW, for the LSTMs and the character network", max=10)
     table_lr: float = option(1.6e-2, "peak learning rate of SparseAdam, for word table and softmax bias", max=10)
-    beta1: float = option(0.9, "Adam's decay of the mean gradient", max=0.99999)
-    beta2: float = option(0.99, "Adam's decay of the mean squared gradient", max=0.99999)
-    weight_decay: float = option(0.0, "AdamW's weight decay", max=10)
-    clip: float = option(0.5, "largest norm of the whole gradient", min=1e-9)
+    weight_decay: float = option(0.1, "AdamW's weight decay, of weights and biases with `lr`", max=10)
     precision: str = option("auto", "type of matrix products; auto: bf16 if faster", choices=("auto", "fp32", "bf16"))
     seed: int = option(0, "random seed of rows, weights, batches, dropout and sampled words", max=2**31)
     log_every: int = option(100, "steps between log lines", min=1)
@@ -113,10 +112,10 @@ def lstm_layers(config: Config) -> nn.ModuleList:
 
 
 class BiLM(nn.Module):
-    """The forward and the backward language model, with the word table and softmax bias that they share.
+    """The forward and the backward language model, with the token representations and the softmax that they share.
 
-    table (V, P): the rows are the softmax weights and, if tied, also the token representations; static (V, P): Word2Vec
-    vectors that do not learn; bias (V, 1) of the softmax, a column so that F.embedding can look it up.
+    table (V, P): the rows are the softmax weights and, if tied, also the token representations; static (V, P): only
+    with frozen Word2Vec, its vectors; bias (V, 1) of the softmax, a column so that F.embedding can look it up.
     """
 
     def __init__(self, config: Config, vocabulary_size: int):
@@ -147,7 +146,7 @@ class BiLM(nn.Module):
         return self.forward_lstms if d == 0 else self.backward_lstms
 
     def layer_weights(self, j: int) -> list[nn.Parameter]:
-        """The weights, except tables, that learn to compute h_j of both directions, j = 0, 1, 2."""
+        """The learning weights of layer j, both directions, no tables; j = 0: character network, j = 1, 2: LSTMs."""
         if j == 0:
             return list(self.characters.parameters()) if self.config.representation == "char" else []
         lstms = nn.ModuleList([self.forward_lstms[j - 1], self.backward_lstms[j - 1]])
@@ -190,7 +189,7 @@ class BiLM(nn.Module):
         In the forward model position 0 is <s>, so its state at position k has just read word k. The backward model
         reads word n first, so its states are reversed within each sentence. lengths (B,).
         """
-        dtype = forward[-1].dtype                                           # h_0 is fp32, the others may be bf16
+        dtype = forward[-1].dtype                               # h_0 is fp32, the others may have half precision
         layers = []
         for forward_h, backward_h in zip(forward, backward, strict=True):
             in_reading_order = reverse_within_lengths(backward_h[1:], lengths)
@@ -211,7 +210,7 @@ class BiLM(nn.Module):
             x = self.represent(ids, encoded.chars)
 
         def run(d: int) -> list[Tensor]:
-            with autocast(device, dtype), torch.set_grad_enabled(learns):           # a new thread has neither
+            with autocast(device, dtype), torch.set_grad_enabled(learns):       # both hold for one thread only
                 return self.states(d, x[d], masks[d])
 
         forward, backward = run_both(run, range(2))
@@ -236,13 +235,13 @@ class ScalarMix(nn.Module):
 
 # ------------------------------------------------------------------------------------------------------- loss
 def sampled_nll(h: Tensor, y: Tensor, table: Tensor, bias: Tensor, sampled: Tensor, log_pi: Tensor) -> Tensor:
-    """(N,) negative log-likelihoods of targets y (N,) given states h (N, P), by a softmax over sampled words.
+    """(N,) negative log-likelihoods of targets y (N,) given states h (N, P), by a softmax over y and E sampled words.
 
         nll = log Z - s_y        Z = exp(s_y) + sum over sampled w != y of exp(s_w) / pi_w
 
-    s_w = h . table_w + bias_w is the logit of word w, and pi_w the probability that w is in the sample (`Sampler` knows
-    it). With the weights 1 / pi_w, the expected value of Z is the sum of the full softmax (Horvitz and Thompson 1952).
-    sampled (E,) distinct word ids; log_pi (E,).
+    s_w = h . table_w + bias_w is the logit of word w, and pi_w the probability that w is in the sample (see `Sampler`).
+    A word that is sampled with probability 1/10 counts ten times, since nine times of ten it is absent. So the expected
+    value of Z is the sum of the full softmax (Horvitz and Thompson 1952). sampled (E,): distinct ids; log_pi (E,).
     """
     target_rows = F.embedding(y, table, sparse=True)                                    # (N, P)
     target_bias = F.embedding(y, bias, sparse=True)[:, 0]                               # (N,)
@@ -266,7 +265,7 @@ def score_batch(model: BiLM, encoded: Encoded, dtype: torch.dtype, details: bool
             place, gold = predicted_tokens(y[d])
             h = model.states(d, x[d])[-1].flatten(0, 1)[upload(place, device)]  # (T, B, P) -> (N, P)
             scores = metrics.full_softmax_nll(h, upload(gold, device), model.table, model.bias, details)
-            row = rows[place.numpy() % len(rows)]
+            row = rows[place.numpy() % len(rows)]                       # place = position * B + sentence
             directions.append((row, *(values.cpu().numpy() for values in scores)))
     return directions
 
@@ -282,7 +281,7 @@ def score_rows(model: BiLM, encoded: Encoded, rows: np.ndarray, dtype: torch.dty
 
 # --------------------------------------------------------------------------------------------------- training
 class Gradients(NamedTuple):
-    """The summed nll of one direction, and its gradients."""
+    """Of one direction: the summed nll, and the gradients of nll / targets (predicted tokens of the whole step)."""
     nll: Tensor
     table: Tensor               # sparse, like that of the bias
     bias: Tensor
@@ -293,9 +292,9 @@ class Gradients(NamedTuple):
 class Trainer:
     """The model, its optimizers, and one training step. Every random number of a step comes from (seed, step).
 
-    The two directions are two language models, so on a CPU they run side by side in two threads. Each gets x detached,
-    so that it back-propagates in a graph of its own. Afterwards `collect` adds up their gradients, and continues the
-    backward pass from x into the table or the character network.
+    The two directions share x, the table and the bias, but no LSTM, so on a CPU they run side by side in two threads.
+    Each gets its half of x detached, that is, cut off from what made x, so that no two threads walk through one graph.
+    Then `collect` adds up their gradients, and carries that of x on into the table or the character network.
     """
     unit = "tokens"                 # of the progress bar
 
@@ -314,7 +313,7 @@ class Trainer:
         self.dense = [weight for name, weight in self.model.named_parameters()
                       if weight.requires_grad and name not in ("table", "bias")]
         self.optimizers = Optimizers([group(self.dense, config.lr, config.weight_decay)],
-                                     [group(self.sparse, config.table_lr)], (config.beta1, config.beta2))
+                                     [group(self.sparse, config.table_lr)], BETAS)
         self.sampler = Sampler(counts, config.negatives, config.seed)
         self.log_pi = self.sampler.log_pi.to(device)
         self.lengths = data.encoded.lengths[data.train]
@@ -370,7 +369,7 @@ class Trainer:
         return list(zip(*masks, strict=True))                                           # by direction
 
     def direction(self, d: int, x: Tensor, y: Tensor, masks: Sequence, sampled: Tensor, targets: int) -> Gradients:
-        """Forward and backward pass of direction d over its x (T, B, P) and y (T, B); returns its gradients."""
+        """The nll of direction d over its x (T, B, P) and y (T, B), and the gradients of nll / targets."""
         place, gold = (upload(part, self.device) for part in predicted_tokens(y))    # (N,), found on the CPU
         with autocast(self.device, self.dtype):
             h = self.model.states(d, x, masks)[-1].flatten(0, 1)[place]                         # (T, B, P) -> (N, P)
@@ -387,9 +386,9 @@ class Trainer:
         ids, y = self.batch(step)                                                       # (2, T, B)
         targets = int((y != PAD).sum())
         masks = self.masks(step, *ids.shape[1:])
-        u = np.random.default_rng([self.config.seed, step, 2]).random()                 # see Sampler
+        u = np.random.default_rng([self.config.seed, step, 2]).random()    # decides the whole sample, see Sampler
         sampled = upload(self.sampler.draw(u), self.device)
-        # loss and gradients; on a CPU both directions run at the same time
+        # loss and gradients: self.direction(d, inputs[d], y[d], masks[d]) for d = 0, 1; on a CPU at the same time
         with autocast(self.device, self.dtype):
             x = self.model.represent(self.own(ids), self.data.encoded.chars)                        # (2, T, B, P)
         inputs = [x[d].detach().requires_grad_() for d in range(2)]
@@ -397,7 +396,7 @@ class Trainer:
         forward, backward = self.workers.map(direction, range(2), inputs, self.own(y), masks)
         nll = self.collect(x, forward, backward)
         # clip
-        norm = clip_gradients([*self.dense, *self.sparse], self.config.clip)
+        norm = clip_gradients([*self.dense, *self.sparse], CLIP)
         if self.device.type == "cpu":       # Run reads a GPU's numbers later, because reading them takes time
             check_loss(nll, norm, targets, step, step)
         # update, with linear warm-up and then a cosine
@@ -412,7 +411,7 @@ class Trainer:
             for weight, gradient in zip(self.model.lstm_weights(d), gradients.lstms, strict=True):
                 weight.grad = gradient
         if x.requires_grad:
-            x.backward(torch.stack([forward.x, backward.x]))                # into the table, or the character network
+            x.backward(torch.stack([forward.x, backward.x]))    # adds to the table's, or fills the character network's
         return machine.sum_gradients([*self.dense, *self.sparse], forward.nll + backward.nll)
 
     def identity(self) -> dict:
@@ -421,7 +420,7 @@ class Trainer:
         return options_of_weights(self.config) | source | {"format": FORMAT}
 
     def state(self) -> dict:
-        """Everything that the next step depends on, beside the identity."""
+        """Everything that the next step depends on, beside the identity and the step's number."""
         return {"model": self.model.state_dict(), "optimizers": self.optimizers.state_dict()}
 
     def load_state(self, state: dict) -> None:
@@ -434,17 +433,17 @@ def train(trainer: Trainer, resume_file: Path | None = None, resume: bool = Fals
     """The training loop. The returned Run holds the weights of the epoch that is best on the validation rows."""
     data = trainer.data
     def evaluate(train_nll: float) -> tuple[float, dict, str]:
-        """(validation nll, entry of the history, sentence). Without validation rows, the last epoch is the best."""
+        """(number to minimize, history entry, sentence). The number: validation nll; without such rows, -step."""
         entry = {"train_perplexity": math.exp(train_nll)}
         if len(data.validation) == 0:
-            return -run.step, entry, metrics.perplexity_sentence(entry)         # lowest at the last epoch
+            return -run.step, entry, metrics.perplexity_sentence(entry)         # so the last epoch counts as the best
         forward, backward = score_rows(trainer.model, data.encoded, data.validation, trainer.dtype).perplexity()
         entry["validation_perplexity"] = [forward, backward]
         return (math.log(forward) + math.log(backward)) / 2, entry, metrics.perplexity_sentence(entry)
 
     with Run(trainer, resume_file, resume) as run:
-        for step in range(run.step, trainer.steps + 1):     # from 0, or from where a resumed run stopped
-            if run.due(step):                   # the end of an epoch
+        for step in range(run.step, trainer.steps + 1):     # `step` steps are done; the last round only evaluates
+            if run.due(step):                   # an epoch, or the training, has just ended
                 run.save_best(evaluate)
             if run.stop():                      # the end of training, or Ctrl-C
                 break
@@ -500,7 +499,7 @@ class ELMo:
         with torch.device("meta"):              # allocates nothing before the sizes are known to fit
             model = BiLM(config, len(words))
         model.load_state_dict({re.sub(r"^(forward|backward)\.", r"\1_lstms.", name): value.float()
-                               for name, value in weights.items()}, assign=True)
+                               for name, value in weights.items()}, assign=True)     # forward.0.x -> forward_lstms.0.x
         return cls(config, Vocabulary(words), model.to(device), *about)
 
     @classmethod
@@ -514,13 +513,13 @@ class ELMo:
         return cls.from_run(train(Trainer(config, Data.of(texts, config, train_rows, validation_rows), device)))
 
     def adapt(self, texts: Sequence[Text], epochs: float = 2.0, lr: float = 2e-3) -> "ELMo":
-        """A new ELMo, trained further on these texts. Words that occur twice are added. lr: peak learning rate."""
+        """A new ELMo, trained further on texts; words that occur twice or more are added. lr: peak, of all weights."""
         config = replace(self.config, epochs=epochs, lr=lr, table_lr=lr, min_count=2)
         return ELMo.from_run(adapt(self, nonempty_texts(texts), config))
 
     @classmethod
     def from_run(cls, run: Run) -> "ELMo":
-        """An ELMo with a run's best weights, rounded to half precision as in the file, so that these are measured."""
+        """An ELMo with a run's best weights, rounded to half precision: what is measured is what the file holds."""
         if not run.finished:
             raise KeyboardInterrupt             # in a notebook, Ctrl-C stopped it
         trainer = run.trainer
@@ -547,7 +546,7 @@ class ELMo:
         return Encoded.of(tokenize_texts(texts), self.words, self.config.representation)
 
     def embed(self, texts: Sequence[Text], precision: str = "fp32", layers: str | int = "all") -> list[Tensor]:
-        """One float32 CPU tensor per text, without boundary symbols; no tokens, no vectors: (3, 0, D) or (0, D).
+        """One float32 CPU tensor per text, without boundary symbols; (3, 0, D) or (0, D) for a text without tokens.
 
         layers: "all" gives (3, tokens, D); "average", "top", 0, 1 and 2 give (tokens, D). InputError names bad texts.
         """
@@ -574,7 +573,7 @@ class ELMo:
             parts = batches(encoded.lengths, 1500 if self.device.type == "cpu" else 6000)
             found = machine.map_on_cores(partial(embed, encoded), parts, self.device)
             vectors = list(chain.from_iterable(found))
-            for place in np.argsort(np.concatenate(parts)):         # of row 0, 1, ..: they are in the order of parts
+            for place in np.argsort(np.concatenate(parts)):      # `vectors` is in batch order; place: of row 0, 1, ..
                 yield vectors[place]
 
     @torch.no_grad()
@@ -585,7 +584,7 @@ class ELMo:
         return [h[..., b, :n, :].clone() for b, n in enumerate(encoded.lengths[rows])]
 
     def sentences(self, texts: Sequence[Text], precision: str = "fp32") -> Tensor:
-        """(N, D) float32 CPU tensor: the mean over tokens of the average layer; zeros if a text has none."""
+        """(B, D) float32 CPU tensor: each text's mean over tokens of the average layer; zeros without tokens."""
         stream = self.embed_stream(texts, precision, layers="average")
         means = [vectors.sum(dim=0) / max(1, len(vectors)) for vectors in stream]
         return torch.stack(means) if means else torch.zeros(0, 2 * self.config.width)
@@ -593,8 +592,8 @@ class ELMo:
     def score(self, texts: Sequence[Text], per_text: bool = False) -> dict | list[dict]:
         """{"forward": {"nats", "tokens", "unknown", "perplexity"}, "backward": ..} of all texts by the full softmax.
 
-        nats: summed negative log-likelihood; tokens: with an end symbol per text; unknown: those that are <unk>, with a
-        warning from a fifth on. per_text: a list, one dictionary per text.
+        nats: summed negative log-likelihood; tokens: words and an end symbol per text; unknown: those that are <unk>,
+        with a warning if a fifth or more are. per_text: a list, one dictionary per text.
         """
         encoded = self.encode(check_texts(texts))
         rows = np.arange(len(encoded.tokens))
@@ -673,19 +672,20 @@ def measure(elmo: ELMo, data: Data) -> tuple[dict, dict]:
             splits[name]["fresh"] = scores[name].metrics(fresh[name])
     flat = {name: encoded.flat(rows) for name, (encoded, rows) in parts.items()}
     ngram.add_perplexities(splits, data.encoded.flat(data.train), flat, fresh, len(data.words))
-    _, gold, best, _ = scores["test"].words[0]                                  # of the forward model
+    _, gold, best, _ = scores["test"].words[0]              # of the forward model; see Scores
     return splits, metrics.word_confusion(gold, best, data.words.words)
 
 
 def publish(run: Run, out: Path, seconds: float) -> None:
     """Measures a finished run and writes OUT/bilstm.pt, the figures and OUT/pretraining.json.
 
-    Besides `machine.provenance`, pretraining.json has: config, precision, tokens_per_second (both directions),
-    vocabulary, parameters, file_mb, digest (of bilstm.pt), data (digest of the tokens), start (digest of --start),
-    unknown (share of <unk>), history of the epochs, splits.{train (a sample), validation, test}: rows, tokens,
-    unigram_perplexity, and for each direction the metrics of `run.metrics.Scores` and kneser_ney_perplexity; `fresh`
-    has the same without near copies of training rows; confusion {words, counts}: of the forward model on test rows,
-    rows gold, columns predicted. `splits` was measured with the half-precision weights of the file.
+    Besides `machine.provenance`, pretraining.json has: config, betas and clip (BETAS and CLIP), precision,
+    tokens_per_second (both directions), vocabulary, parameters, file_mb, digest (of bilstm.pt), data (digest of the
+    tokens), start (digest of --start), unknown (share of <unk>), history of the epochs, splits.{train (a sample),
+    validation, test}: rows, tokens, unigram_perplexity, and for each direction the metrics of `run.metrics.Scores` and
+    kneser_ney_perplexity; `fresh` has the same without near copies of training rows; confusion {words, counts}: of the
+    forward model on test rows, rows gold, columns predicted. `splits` was measured with the half-precision weights of
+    the file.
     """
     trainer = run.trainer
     elmo = ELMo.from_run(run)
@@ -694,7 +694,7 @@ def publish(run: Run, out: Path, seconds: float) -> None:
     elmo.save(out / "bilstm.pt")
     targets = 2 * (trainer.lengths + 1).sum() * trainer.steps / trainer.per_epoch
     result = machine.provenance(trainer.device, seconds) | {
-        "config": asdict(elmo.config), "precision": run.precision,
+        "config": asdict(elmo.config), "betas": BETAS, "clip": CLIP, "precision": run.precision,
         "tokens_per_second": float(targets / run.seconds), "vocabulary": len(elmo.words),
         "parameters": sum(weight.numel() for weight in elmo.model.state_dict().values()),
         "file_mb": (out / "bilstm.pt").stat().st_size / 1e6, "digest": elmo.digest,
@@ -717,7 +717,7 @@ def pretrain(config: Config, options: Namespace) -> int:
     publication = Publication("bilstm", config, options)
     data = Data.read(config, options, CACHE, start and start.words)
     first = machine.join_processes()[0] == 0
-    with folder_lock(out) if first else nullcontext():
+    with folder_lock(out) if first else nullcontext():          # only the first process writes
         if publication.finished({"data": data.digest, "start": start and start.digest}):
             return 0
         trainer = Trainer(config, data, machine.find_device(), start)
@@ -734,7 +734,7 @@ def pretrain(config: Config, options: Namespace) -> int:
 
 @script("ELMO.py")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0, 2 for an input that the user can fix, 130 after Ctrl-C."""
+    """Trains, or embeds a file. Exit status 0, 2 for an input that the user can fix, 130 after Ctrl-C."""
     flags = RUN_FLAGS | inference.EMBED_FLAGS | {
         "--corpus": {"metavar": "PATH", "help": "train on the lines of this file, or of a folder's .txt and .gz files"},
         "--start": {"metavar": "FILE", "help": "go on from this biLM: its weights, words and model options"},

@@ -240,7 +240,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 130
         found[kind] = row(result, "trainable")
     minutes = sum(numbers["minutes"] for numbers, _ in found.values())
-    published = finished_run(options.out / "classification.json", elmo.digest, len(task.test), {})
+    published = finished_run(options.out / "classification.json", elmo.digest, len(task.test),
+                             {"seeds": config.seeds, "seed": config.seed})
     if published is not None:
         found |= {setting: row(published, setting) for setting in published["settings"]}
     correct = {name: predicted == task.test.labels for name, (_, predicted) in found.items()}

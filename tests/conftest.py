@@ -74,8 +74,9 @@ def figures_are_empty(request, monkeypatch) -> None:
 # ------------------------------------------------------------------------------------------------- small models
 def tiny(**options) -> ELMO.Config:
     """A model of a few thousand weights that trains in a second."""
-    return ELMO.Config(**{"hidden": 12, "min_count": 1, "epochs": 3.0, "batch_tokens": 60, "negatives": 8,
-                          "lr": 0.01, "table_lr": 0.01, "log_every": 10_000} | options)
+    return ELMO.Config(**{"hidden": 12, "dropout": 0.2, "word_dropout": 0.0, "weight_decay": 0.0, "min_count": 1,
+                          "epochs": 3.0, "batch_tokens": 60, "negatives": 8, "lr": 0.01, "table_lr": 0.01,
+                          "log_every": 10_000} | options)
 
 
 def encoded(sentences: list[str], **options) -> ELMO.Data:
@@ -179,7 +180,7 @@ def grammar(tmp_path_factory) -> Path:
     sample.write(folder, 6000, seed=1, test_rows=1000)
     ELMO.ELMo.train([text for _, _, text in sample.generate(6000, seed=1)], ELMO.Config(
         hidden=128, validation=500, epochs=6.0, seed=1, batch_tokens=1000, negatives=1000, lr=0.006, table_lr=0.006,
-        dropout=0.05, min_count=1, log_every=10_000)).save(folder / "bilstm.pt")
+        dropout=0.05, word_dropout=0.0, weight_decay=0.0, min_count=1, log_every=10_000)).save(folder / "bilstm.pt")
     return folder
 
 

@@ -216,7 +216,7 @@ def test_a_sweep_refuses_wrong_inputs_in_one_sentence(tmp_path, capsys, wrong):
 
 
 def test_after_ctrl_c_finished_trials_stay_and_other_rows_start_another_search(builtin, tmp_path, monkeypatch):
-    argv = ["ELMO.py", "--search", "dropout=0:0.4", "--search", "clip=0.3,0.6", "--trials", "2"]
+    argv = ["ELMO.py", "--search", "dropout=0:0.4", "--search", "lr=0.003,0.006", "--trials", "2"]
     argv += ["--out", str(tmp_path), "--", *SMALL]
     losses = Mock(side_effect=[1.0, KeyboardInterrupt, float("inf"), 2.0, 3.0])
     monkeypatch.setattr(sweep, "lowest", losses)
@@ -226,7 +226,7 @@ def test_after_ctrl_c_finished_trials_stay_and_other_rows_start_another_search(b
     train, trainer = losses.call_args_list[0].args
     assert train is ELMO.train
     found, _ = sweep.script_arguments(["--config", str(tmp_path / "ELMO.toml")], ELMO.Config, "", "", tmp_path, {})
-    searched = {"dropout": trainer.config.dropout, "clip": trainer.config.clip}
+    searched = {"dropout": trainer.config.dropout, "lr": trainer.config.lr}
     assert found == ELMO.Config(**searched)                     # inf is not the best; others have their defaults
     assert sweep.main([*argv, "--rows", "500"]) == 0
     assert losses.call_count == 5

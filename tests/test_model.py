@@ -351,8 +351,9 @@ def test_the_second_bias_of_an_lstm_stays_zero():
 
 
 @pytest.mark.parametrize("representation", ["embedding", "char"])
-def test_the_gradients_of_a_step_equal_those_of_one_loss_over_both_directions(representation):
-    config = tiny(representation=representation, negatives=1000, dropout=0.0, precision="fp32", clip=1e9)
+def test_the_gradients_of_a_step_equal_those_of_one_loss_over_both_directions(representation, monkeypatch):
+    config = tiny(representation=representation, negatives=1000, dropout=0.0, precision="fp32")
+    monkeypatch.setattr(ELMO, "CLIP", 1e9)
     data = encoded(SENTENCES * 2, representation=representation)
     trainer = Trainer(config, data, CPU)
     model = trainer.model
@@ -388,8 +389,9 @@ def test_a_step_reports_the_summed_loss_and_the_predicted_tokens_of_both_directi
     assert targets == expected["forward"]["tokens"] + expected["backward"]["tokens"]
 
 
-def test_the_gradient_of_all_weights_is_clipped_as_one():
-    trainer = new_trainer(SENTENCES * 2, clip=0.001)
+def test_the_gradient_of_all_weights_is_clipped_as_one(monkeypatch):
+    monkeypatch.setattr(ELMO, "CLIP", 0.001)
+    trainer = new_trainer(SENTENCES * 2)
     found = gradients_of_update(trainer, 0, trainer.model, trainer.optimizers)
     assert found["table"].norm() > 0
     assert found["backward_lstms.0.weight_ih_l0"].norm() > 0
@@ -397,9 +399,11 @@ def test_the_gradient_of_all_weights_is_clipped_as_one():
     assert everything.norm().item() == approx(0.001, rel=1e-4)
 
 
-def test_training_equals_a_plain_loop_with_the_full_softmax_and_adam():
+def test_training_equals_a_plain_loop_with_the_full_softmax_and_adam(monkeypatch):
+    monkeypatch.setattr(ELMO, "BETAS", (0.8, 0.95))
+    monkeypatch.setattr(ELMO, "CLIP", 0.24)
     trainer = new_trainer(SENTENCES * 4, negatives=1000, dropout=0.0, precision="fp32", lr=0.01, table_lr=0.02,
-                          beta1=0.8, beta2=0.95, weight_decay=0.1, clip=0.24)
+                          weight_decay=0.1)
     trainer.steps = 300                                         # so that the learning rate rises for 9 steps
     model = deepcopy(trainer.model)
     tables = [model.table, model.bias]

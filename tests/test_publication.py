@@ -148,7 +148,7 @@ def test_a_run_that_another_one_overtakes_is_refused(builtin, out, monkeypatch):
         """Another run publishes while this one reads its data."""
         folder.mkdir(exist_ok=True)
         result = numbers("pretraining", out)
-        write_json(folder / "pretraining.json", result | {"config": result["config"] | {"clip": 0.4}})
+        write_json(folder / "pretraining.json", result | {"config": result["config"] | {"dropout": 0.4}})
         return digest(data)
 
     monkeypatch.setattr(Data, "digest", property(publish_meanwhile))

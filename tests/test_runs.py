@@ -40,6 +40,7 @@ def test_both_scripts_write_their_models_numbers_and_figures_and_nothing_else(wh
     assert result["digest"] == torch.load(whole / "bilstm.pt", weights_only=True)["digest"]
     assert len(result["history"]) == 3
     assert result["config"]["hidden"] == 12
+    assert (result["betas"], result["clip"]) == (list(ELMO.BETAS), ELMO.CLIP)
     printed = Path(f"{whole}.log").read_text()
     assert "tokens/s" in printed
     assert "Kneser-Ney" in printed
