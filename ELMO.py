@@ -676,8 +676,8 @@ def measure(elmo: ELMo, data: Data) -> tuple[dict, dict]:
     return splits, metrics.word_confusion(gold, best, data.words.words)
 
 
-def publish(run: Run, out: Path, seconds: float) -> None:
-    """Measures a finished run and writes OUT/bilstm.pt, the figures and OUT/pretraining.json.
+def publish(run: Run, out: Path, begin: float) -> None:
+    """Measures a finished run, begun at `begin`, and writes OUT/bilstm.pt, the figures and OUT/pretraining.json.
 
     Besides `machine.provenance`, pretraining.json has: config, betas and clip (BETAS and CLIP), precision,
     tokens_per_second (both directions), vocabulary, parameters, file_mb, digest (of bilstm.pt), data (digest of the
@@ -693,7 +693,7 @@ def publish(run: Run, out: Path, seconds: float) -> None:
     elmo.metrics = {name: {d: part[d]["perplexity"] for d in DIRECTIONS} for name, part in splits.items()}
     elmo.save(out / "bilstm.pt")
     targets = 2 * (trainer.lengths + 1).sum() * trainer.steps / trainer.per_epoch
-    result = machine.provenance(trainer.device, seconds) | {
+    result = machine.provenance(trainer.device, time.perf_counter() - begin + run.earlier) | {
         "config": asdict(elmo.config), "betas": BETAS, "clip": CLIP, "precision": run.precision,
         "tokens_per_second": float(targets / run.seconds), "vocabulary": len(elmo.words),
         "parameters": sum(weight.numel() for weight in elmo.model.state_dict().values()),
@@ -727,7 +727,7 @@ def pretrain(config: Config, options: Namespace) -> int:
         if not run.finished:
             return 130
         if first:
-            publish(run, out, time.perf_counter() - begin + run.earlier)
+            publish(run, out, begin)
             publication.complete([run.file])
     return 0
 
