@@ -59,6 +59,7 @@ INITIAL_STD = 0.05                      # of the word table's entries: rows of n
 BETAS = (0.9, 0.99)                     # Adam's decay of the mean gradient and of the mean squared gradient
 CLIP = 0.25                             # largest norm of the whole gradient
 MEASURED_TRAINING_ROWS = 4000           # a sample, on which the finished model is measured
+REMOVED = {"beta1", "beta2", "clip"}    # options that older files hold; training alone used them
 MODEL_OPTIONS = ("representation", "width", "hidden", "freeze_word2vec")      # those that --start takes from its file
 
 
@@ -495,7 +496,7 @@ class ELMo:
         """The biLM of a file's parts; exceptions of any kind if they do not fit. about: history, metrics, digest."""
         if words[:len(SPECIAL)] != SPECIAL or len(words) != len(weights["table"]):
             raise ValueError("the vocabulary does not fit the weights")
-        config = Config(**options)
+        config = Config(**{name: options[name] for name in options.keys() - REMOVED})
         with torch.device("meta"):              # allocates nothing before the sizes are known to fit
             model = BiLM(config, len(words))
         model.load_state_dict({re.sub(r"^(forward|backward)\.", r"\1_lstms.", name): value.float()
@@ -684,8 +685,7 @@ def publish(run: Run, out: Path, begin: float) -> None:
     tokens), start (digest of --start), unknown (share of <unk>), history of the epochs, splits.{train (a sample),
     validation, test}: rows, tokens, unigram_perplexity, and for each direction the metrics of `run.metrics.Scores` and
     kneser_ney_perplexity; `fresh` has the same without near copies of training rows; confusion {words, counts}: of the
-    forward model on test rows, rows gold, columns predicted. `splits` was measured with the half-precision weights of
-    the file.
+    forward model on test rows, rows gold, columns predicted. `splits` is of the file's half-precision weights.
     """
     trainer = run.trainer
     elmo = ELMo.from_run(run)

@@ -470,6 +470,14 @@ def test_a_changed_file_is_refused_even_if_its_digest_is_right(whole, tmp_path, 
     assert message in refused(name, using(name, tmp_path, whole / "bilstm.pt"), tmp_path)
 
 
+def test_an_older_bilm_with_options_that_are_constants_now_still_loads(whole, tmp_path):
+    content = torch.load(whole / "bilstm.pt", weights_only=True)
+    content["config"].update(beta1=0.8, clip=0.5)
+    (tmp_path / "bilstm.pt").write_bytes(published(content))
+    before = ELMO.ELMo.load(whole / "bilstm.pt").embed(["a"])
+    assert torch.equal(ELMO.ELMo.load(tmp_path / "bilstm.pt").embed(["a"])[0], before[0])
+
+
 @script("test_faults.py")
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0 if everything survived, 1 otherwise, 2 for an input that the user can fix."""
