@@ -4,7 +4,8 @@ VENV   ?= .venv
 PY      = $(VENV)/bin/python
 DEMO    = build/demo
 # Small enough for two cores and a few minutes. Without options, the scripts do the published run.
-SMALL   = --hidden 96 --validation 800 --epochs 5 --batch-tokens 800 --negatives 400 --lr 0.006 --table-lr 0.006
+SMALL   = --hidden 96 --validation 800 --epochs 5 --batch-tokens 800 --negatives 400 --lr 0.006 --table-lr 0.006 \
+          --dropout 0.2 --word-dropout 0
 HEADS   = --hidden 32 --epochs 6 --batch-tokens 800 --lr 0.006 --dropout 0
 
 .PHONY: help setup demo test lint train tasks bench faults findings report clean
