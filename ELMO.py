@@ -81,7 +81,7 @@ class Config:
     negatives: int = option(2048, "E: sampled words per step; V or more: the full softmax", min=1)
     lr: float = option(8e-3, "peak learning rate of AdamW, for the LSTMs and the character network", max=10)
     table_lr: float = option(1.6e-2, "peak learning rate of SparseAdam, for word table and softmax bias", max=10)
-    weight_decay: float = option(0.1, "AdamW's weight decay, of weights and biases with `lr`", max=10)
+    weight_decay: float = option(0.1, "AdamW's weight decay, for all weights and biases that `lr` trains", max=10)
     precision: str = option("auto", "type of matrix products; auto: bf16 if faster", choices=("auto", "fp32", "bf16"))
     seed: int = option(0, "random seed of rows, weights, batches, dropout and sampled words", max=2**31)
     log_every: int = option(100, "steps between log lines", min=1)
@@ -147,7 +147,7 @@ class BiLM(nn.Module):
         return self.forward_lstms if d == 0 else self.backward_lstms
 
     def layer_weights(self, j: int) -> list[nn.Parameter]:
-        """The learning weights of layer j, both directions, no tables; j = 0: character network, j = 1, 2: LSTMs."""
+        """Weights of layer j that learn, both directions; 0: character network (no word table), 1 and 2: LSTMs."""
         if j == 0:
             return list(self.characters.parameters()) if self.config.representation == "char" else []
         lstms = nn.ModuleList([self.forward_lstms[j - 1], self.backward_lstms[j - 1]])
@@ -190,7 +190,7 @@ class BiLM(nn.Module):
         In the forward model position 0 is <s>, so its state at position k has just read word k. The backward model
         reads word n first, so its states are reversed within each sentence. lengths (B,).
         """
-        dtype = forward[-1].dtype                               # h_0 is fp32, the others may have half precision
+        dtype = forward[-1].dtype                               # h_0 is fp32, the others may be bf16 or fp16
         layers = []
         for forward_h, backward_h in zip(forward, backward, strict=True):
             in_reading_order = reverse_within_lengths(backward_h[1:], lengths)
@@ -282,7 +282,7 @@ def score_rows(model: BiLM, encoded: Encoded, rows: np.ndarray, dtype: torch.dty
 
 # --------------------------------------------------------------------------------------------------- training
 class Gradients(NamedTuple):
-    """Of one direction: the summed nll, and the gradients of nll / targets (predicted tokens of the whole step)."""
+    """Of one direction: summed nll, and gradients of nll / targets; targets: predicted tokens of the whole step."""
     nll: Tensor
     table: Tensor               # sparse, like that of the bias
     bias: Tensor
@@ -293,7 +293,7 @@ class Gradients(NamedTuple):
 class Trainer:
     """The model, its optimizers, and one training step. Every random number of a step comes from (seed, step).
 
-    The two directions share x, the table and the bias, but no LSTM, so on a CPU they run side by side in two threads.
+    The two directions share what makes x, the table and the bias, but no LSTM; on a CPU they run in two threads.
     Each gets its half of x detached, that is, cut off from what made x, so that no two threads walk through one graph.
     Then `collect` adds up their gradients, and carries that of x on into the table or the character network.
     """
@@ -412,7 +412,7 @@ class Trainer:
             for weight, gradient in zip(self.model.lstm_weights(d), gradients.lstms, strict=True):
                 weight.grad = gradient
         if x.requires_grad:
-            x.backward(torch.stack([forward.x, backward.x]))    # adds to the table's, or fills the character network's
+            x.backward(torch.stack([forward.x, backward.x]))    # adds to table.grad, or fills the CharacterCNN's .grad
         return machine.sum_gradients([*self.dense, *self.sparse], forward.nll + backward.nll)
 
     def identity(self) -> dict:
@@ -421,7 +421,7 @@ class Trainer:
         return options_of_weights(self.config) | source | {"format": FORMAT}
 
     def state(self) -> dict:
-        """Everything that the next step depends on, beside the identity and the step's number."""
+        """Everything that the next step depends on, beside the identity and what Run saves (step, precision)."""
         return {"model": self.model.state_dict(), "optimizers": self.optimizers.state_dict()}
 
     def load_state(self, state: dict) -> None:
@@ -434,7 +434,7 @@ def train(trainer: Trainer, resume_file: Path | None = None, resume: bool = Fals
     """The training loop. The returned Run holds the weights of the epoch that is best on the validation rows."""
     data = trainer.data
     def evaluate(train_nll: float) -> tuple[float, dict, str]:
-        """(number to minimize, history entry, sentence). The number: validation nll; without such rows, -step."""
+        """(number to minimize, history entry, sentence). Number: validation nll, or -step without validation rows."""
         entry = {"train_perplexity": math.exp(train_nll)}
         if len(data.validation) == 0:
             return -run.step, entry, metrics.perplexity_sentence(entry)         # so the last epoch counts as the best
@@ -514,7 +514,7 @@ class ELMo:
         return cls.from_run(train(Trainer(config, Data.of(texts, config, train_rows, validation_rows), device)))
 
     def adapt(self, texts: Sequence[Text], epochs: float = 2.0, lr: float = 2e-3) -> "ELMo":
-        """A new ELMo, trained further on texts; words that occur twice or more are added. lr: peak, of all weights."""
+        """A new ELMo, trained further on nine tenths of the texts; adds words found there twice. lr: the peak rate."""
         config = replace(self.config, epochs=epochs, lr=lr, table_lr=lr, min_count=2)
         return ELMo.from_run(adapt(self, nonempty_texts(texts), config))
 
@@ -574,7 +574,7 @@ class ELMo:
             parts = batches(encoded.lengths, 1500 if self.device.type == "cpu" else 6000)
             found = machine.map_on_cores(partial(embed, encoded), parts, self.device)
             vectors = list(chain.from_iterable(found))
-            for place in np.argsort(np.concatenate(parts)):      # `vectors` is in batch order; place: of row 0, 1, ..
+            for place in np.argsort(np.concatenate(parts)):         # place of row 0, 1, .. in `vectors` (batch order)
                 yield vectors[place]
 
     @torch.no_grad()
@@ -585,7 +585,7 @@ class ELMo:
         return [h[..., b, :n, :].clone() for b, n in enumerate(encoded.lengths[rows])]
 
     def sentences(self, texts: Sequence[Text], precision: str = "fp32") -> Tensor:
-        """(B, D) float32 CPU tensor: each text's mean over tokens of the average layer; zeros without tokens."""
+        """(texts, D) float32 CPU tensor: each text's mean over tokens of the average layer; zeros without tokens."""
         stream = self.embed_stream(texts, precision, layers="average")
         means = [vectors.sum(dim=0) / max(1, len(vectors)) for vectors in stream]
         return torch.stack(means) if means else torch.zeros(0, 2 * self.config.width)
@@ -678,14 +678,14 @@ def measure(elmo: ELMo, data: Data) -> tuple[dict, dict]:
 
 
 def publish(run: Run, out: Path, begin: float) -> None:
-    """Measures a finished run, begun at `begin`, and writes OUT/bilstm.pt, the figures and OUT/pretraining.json.
+    """Measures a finished run, writes OUT/bilstm.pt, figures, OUT/pretraining.json; begin: perf_counter() at start.
 
     Besides `machine.provenance`, pretraining.json has: config, betas and clip (BETAS and CLIP), precision,
     tokens_per_second (both directions), vocabulary, parameters, file_mb, digest (of bilstm.pt), data (digest of the
     tokens), start (digest of --start), unknown (share of <unk>), history of the epochs, splits.{train (a sample),
     validation, test}: rows, tokens, unigram_perplexity, and for each direction the metrics of `run.metrics.Scores` and
     kneser_ney_perplexity; `fresh` has the same without near copies of training rows; confusion {words, counts}: of the
-    forward model on test rows, rows gold, columns predicted. `splits` is of the file's half-precision weights.
+    forward model on test rows, rows gold, columns predicted. `splits` measures the file's half-precision weights.
     """
     trainer = run.trainer
     elmo = ELMo.from_run(run)
