@@ -41,7 +41,7 @@ from data.labels import labelled_task
 from data.tables import own_task
 from data.tasks import EncodedTexts, Part, Task, check_rows, read_task
 from data.text import Encoded
-from ELMO import BiLM, ELMo, ScalarMix
+from ELMO import BETAS, BiLM, ELMo, ScalarMix
 from run import checkpoint, inference, machine, metrics
 from run.files import InputError, folder_lock, write_json
 from run.machine import autocast, upload
@@ -272,7 +272,7 @@ class Learner:
                 dense.append(group(bilm.layer_weights(j), peak_lr, start=start))
                 if j == 0 and bilm.config.tied:
                     sparse.append(group([bilm.table], peak_lr, start=start))
-        return Optimizers(dense, sparse, betas=(0.9, 0.99))
+        return Optimizers(dense, sparse, BETAS)
 
     def contextual(self, part: EncodedTexts, rows: np.ndarray, dtype: torch.dtype, generator: torch.Generator):
         """Layers (3, T, B, D) and lengths (B,) by the biLM that learns, with dropout."""
